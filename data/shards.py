@@ -1,0 +1,155 @@
+"""Token shards, flat little-endian uint16 files that are one stream: write them, map them, serve batches."""
+
+import bisect
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+
+from configurator import UserError
+
+SHARD_TOKENS = 100_000_000
+PREPARE = 'run data/tiny_stories/prepare.py, or name a prepared folder with --dataset'
+
+
+class ShardWriter:
+    """Writes one split's tokens to `folder/SPLIT_00000.bin, ...`, at most `shard_tokens` each."""
+
+    def __init__(self, folder, split, shard_tokens=SHARD_TOKENS):
+        self.folder, self.split, self.shard_tokens = Path(folder), split, shard_tokens
+        self.shards, self.file = [], None
+
+    def write(self, tokens):
+        """Append `tokens`, a 1-D uint16 array."""
+        while len(tokens):
+            if self.file is None:
+                self._open()
+            head = tokens[:self.shard_tokens - self.shards[-1]['tokens']]
+            data = head.astype('<u2', copy=False).tobytes()
+            self.file.write(data)
+            self.hash.update(data)
+            self.shards[-1]['tokens'] += len(head)
+            if self.shards[-1]['tokens'] == self.shard_tokens:
+                self._finish()
+            tokens = tokens[len(head):]
+
+    def close(self):
+        """End the last shard; return what meta.json says of the shards: a list of {name, tokens, sha256}."""
+        if self.file:
+            self._finish()
+        return self.shards
+
+    def _open(self):
+        name = f'{self.split}_{len(self.shards):05d}.bin'
+        self.file, self.hash = open(self.folder / name, 'wb'), hashlib.sha256()  # noqa: SIM115 (closed in _finish)
+        self.shards.append({'name': name, 'tokens': 0, 'sha256': ''})
+
+    def _finish(self):
+        self.file.close()
+        self.file = None
+        self.shards[-1]['sha256'] = self.hash.hexdigest()
+
+
+def read_meta(folder):
+    """The meta.json of a prepared folder, a dict. Raises UserError where there is none or it is damaged."""
+    path = Path(folder) / 'meta.json'
+    try:
+        meta = json.loads(path.read_text(encoding='utf-8'))
+        for split in 'train', 'val':
+            for shard in meta['splits'][split]['shards']:
+                if Path(shard['name']).name != shard['name']:
+                    raise UserError(f"{path}: shard name {shard['name']!r} is not a plain file name")
+        meta['encoding'], meta['vocab_size']
+    except FileNotFoundError:
+        raise UserError(f'{folder} holds no prepared data (no meta.json): {PREPARE}') from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f'{path} is damaged ({error!r}): {PREPARE}') from None
+    return meta
+
+
+def fingerprint(meta):
+    """Hex digest that names the data: it changes when any token of any shard does."""
+    hashes = [shard['sha256'] for split in ('train', 'val') for shard in meta['splits'][split]['shards']]
+    return hashlib.sha256(json.dumps([meta['encoding'], meta['vocab_size'], hashes]).encode()).hexdigest()
+
+
+class Split:
+    """One split of a prepared folder: its memory-mapped shards as one stream of `n_tokens` tokens."""
+
+    def __init__(self, folder, split):
+        self.folder, self.meta = Path(folder), read_meta(folder)
+        info = self.meta['splits'][split]
+        self.n_bytes = info['bytes']
+        self.names = [shard['name'] for shard in info['shards']]
+        self.shards, self.starts, self.n_tokens = [], [], 0
+        for shard in info['shards']:
+            path = self.folder / shard['name']
+            if not path.is_file():
+                raise UserError(f'{path} is missing, though meta.json names it: {PREPARE}')
+            if path.stat().st_size != 2 * shard['tokens']:
+                raise UserError(f"{path} has {path.stat().st_size:,} bytes; meta.json says "
+                                f"{shard['tokens']:,} tokens, {2 * shard['tokens']:,} bytes: {PREPARE}")
+            self.shards.append(np.memmap(path, dtype='<u2', mode='r'))
+            self.starts.append(self.n_tokens)
+            self.n_tokens += shard['tokens']
+
+    def read(self, start, length):
+        """Tokens start to start + length of the stream, as a uint16 array; fewer at its end."""
+        parts = []
+        i = bisect.bisect_right(self.starts, start) - 1
+        while length > 0 and i < len(self.shards):
+            offset = start - self.starts[i]
+            part = self.shards[i][offset:offset + length]
+            if len(part) and part.max() >= self.meta['vocab_size']:
+                raise UserError(f"{self.folder / self.names[i]} has token {part.max()}, beyond the vocabulary of "
+                                f"{self.meta['vocab_size']}: {PREPARE}")
+            parts.append(part)
+            start, length, i = start + len(part), length - len(part), i + 1
+        return np.concatenate(parts)
+
+    def windows(self, indices, block_size):
+        """Inputs and targets of windows k in `indices`: tokens from k * block_size on, and one further.
+
+        Returns int64 arrays x, y of shape (len(indices), block_size). Targets beyond the end of the split
+        are -1, which the loss ignores.
+        """
+        xy = np.full((len(indices), block_size + 1), -1, dtype=np.int64)
+        for row, k in zip(xy, indices, strict=True):
+            tokens = self.read(int(k) * block_size, block_size + 1)
+            row[:len(tokens)] = tokens
+        return np.maximum(xy[:, :-1], 0), xy[:, 1:]
+
+
+class Batches:
+    """The training batches of one rank: a pure function of the step.
+
+    Each epoch is a seeded permutation of all windows; the global batch of step s is sequences
+    s * sequences to (s + 1) * sequences of that endless stream of windows, whatever the number of ranks.
+    """
+
+    def __init__(self, split, block_size, sequences, seed, rank=0, world_size=1):
+        self.split, self.block_size, self.sequences, self.seed = split, block_size, sequences, seed
+        self.n_windows = (split.n_tokens - 1) // block_size
+        if self.n_windows < 1:
+            raise UserError(f'{split.folder} has {split.n_tokens:,} training tokens, fewer than one window '
+                            f'of {block_size} and its target: prepare more text or lower --block_size')
+        share = sequences // world_size
+        self.rows = slice(rank * share, (rank + 1) * share)
+        self.epoch, self.order = -1, None
+
+    def indices(self, step):
+        """The windows of the global batch of `step`, an int array of shape (sequences,)."""
+        position = np.arange(step * self.sequences, (step + 1) * self.sequences)
+        out = np.empty(self.sequences, dtype=np.int64)
+        for epoch in np.unique(position // self.n_windows):
+            if epoch != self.epoch:
+                self.epoch = epoch
+                self.order = np.random.default_rng((self.seed, epoch)).permutation(self.n_windows)
+            here = position // self.n_windows == epoch
+            out[here] = self.order[position[here] % self.n_windows]
+        return out
+
+    def __call__(self, step):
+        """Inputs and targets of this rank's share of `step`: int64 (sequences / world_size, block_size) each."""
+        return self.split.windows(self.indices(step)[self.rows], self.block_size)

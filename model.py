@@ -1,0 +1,289 @@
+"""The GPT: one decoder-only Transformer with a few named choices, and its KV-cached generation.
+
+The default is the Llama block (RMSNorm, rotary positions, SwiGLU, no biases); with norm='layer',
+position='learned', mlp='gelu' and bias=True it is GPT-2.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+CHOICES = {
+    'norm': ('rms', 'layer'),
+    'position': ('rope', 'learned', 'sinusoidal'),
+    'mlp': ('swiglu', 'gelu', 'relu', 'relu2'),
+}
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 256
+    vocab_size: int = 4096
+    n_layer: int = 6
+    n_head: int = 6
+    n_kv_head: int = 0  # grouped queries (Ainslie et al. 2023); 0: n_head
+    n_embd: int = 288
+    norm: str = 'rms'
+    position: str = 'rope'
+    mlp: str = 'swiglu'
+    mlp_width: int = 0  # 0: 8/3 n_embd rounded up to 32 for swiglu, else 4 n_embd
+    qk_norm: bool = False
+    bias: bool = False
+    tie_embeddings: bool = True
+    dropout: float = 0.0
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-5
+
+    def __post_init__(self):
+        """Fill in what 0 leaves to us. Raises ValueError where the choices do not make a model."""
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, not one of {', '.join(choices)}")
+        for name in 'block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd':
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name} is {getattr(self, name)}; it must be at least 1')
+        for name in 'n_kv_head', 'mlp_width':
+            if getattr(self, name) < 0:
+                raise ValueError(f'{name} is {getattr(self, name)}; it must be 0 or more')
+        self.n_kv_head = self.n_kv_head or self.n_head
+        if self.n_embd % self.n_head:
+            raise ValueError(f'n_embd {self.n_embd} is not divisible by n_head {self.n_head}')
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f'n_head {self.n_head} is not divisible by n_kv_head {self.n_kv_head}')
+        if self.position == 'rope' and (self.n_embd // self.n_head) % 2:
+            raise ValueError(f'rope needs an even head width, not n_embd / n_head = {self.head_dim}')
+        if self.position == 'sinusoidal' and self.n_embd % 2:
+            raise ValueError(f'sinusoidal positions need an even n_embd, not {self.n_embd}')
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f'dropout is {self.dropout}; it must be at least 0 and below 1')
+        if not (self.norm_eps > 0 and self.rope_theta > 0):
+            raise ValueError(f'norm_eps {self.norm_eps} and rope_theta {self.rope_theta} must be above 0')
+        if not self.mlp_width:
+            self.mlp_width = 32 * math.ceil(self.n_embd / 12) if self.mlp == 'swiglu' else 4 * self.n_embd
+
+    @property
+    def head_dim(self):
+        return self.n_embd // self.n_head
+
+
+def make_norm(config, width):
+    if config.norm == 'rms':
+        return nn.RMSNorm(width, eps=config.norm_eps)
+    return nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias)
+
+
+def rope_table(config):
+    """Cosines and sines of rotary positions (Su et al. 2021): two tensors (block_size, head_dim / 2)."""
+    frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
+    angle = torch.outer(torch.arange(config.block_size), frequency)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Rotate the pairs (x[i], x[i + head_dim / 2]), Hugging Face's layout. x: (B, T, heads, head_dim)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def sinusoidal_table(config):
+    """The fixed positions of Vaswani et al. 2017: a float32 tensor (block_size, n_embd)."""
+    frequency = 10000.0 ** -(torch.arange(0, config.n_embd, 2) / config.n_embd)
+    angle = torch.outer(torch.arange(config.block_size), frequency)
+    return torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, for `batch_size` sequences of up to block_size tokens."""
+
+    def __init__(self, config, batch_size, device, dtype):
+        shape = config.n_layer, batch_size, config.n_kv_head, config.block_size, config.head_dim
+        self.keys = torch.zeros(shape, device=device, dtype=dtype)
+        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0
+
+    def append(self, layer, k, v):
+        """Store k and v (B, n_kv_head, T, head_dim) behind what is there; return all that is there now."""
+        end = self.length + k.size(2)
+        self.keys[layer, :, :, self.length:end] = k
+        self.values[layer, :, :, self.length:end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.config, self.layer = config, layer
+        kv_width = config.n_kv_head * config.head_dim
+        self.q = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.k = nn.Linear(config.n_embd, kv_width, bias=config.bias)
+        self.v = nn.Linear(config.n_embd, kv_width, bias=config.bias)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = make_norm(config, config.head_dim), make_norm(config, config.head_dim)
+
+    def forward(self, x, rope, cache):
+        B, T, C = x.shape
+        q, k, v = (linear(x).view(B, T, -1, self.config.head_dim) for linear in (self.q, self.k, self.v))
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, head_dim)
+        mask, causal = None, T > 1
+        if cache is not None:
+            k, v = cache.append(self.layer, k.type_as(x), v)
+            if causal and cache.length:  # is_causal would align the wrong corner
+                mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(cache.length)
+        with torch.autocast('cpu', enabled=False):  # flash attention on the CPU is slower in bfloat16
+            y = F.scaled_dot_product_attention(
+                q, k, v.type_as(q), attn_mask=mask, is_causal=causal and mask is None,
+                dropout_p=self.config.dropout if self.training else 0.0, enable_gqa=q.size(1) != k.size(1))
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.kind = config.mlp
+        self.up = nn.Linear(config.n_embd, config.mlp_width, bias=config.bias)
+        if self.kind == 'swiglu':  # Shazeer 2020
+            self.gate = nn.Linear(config.n_embd, config.mlp_width, bias=config.bias)
+        self.proj = nn.Linear(config.mlp_width, config.n_embd, bias=config.bias)
+
+    def forward(self, x):
+        if self.kind == 'swiglu':
+            x = F.silu(self.gate(x)) * self.up(x)
+        elif self.kind == 'gelu':
+            x = F.gelu(self.up(x), approximate='tanh')  # GPT-2's
+        elif self.kind == 'relu':
+            x = F.relu(self.up(x))
+        else:
+            x = F.relu(self.up(x)).square()  # So et al. 2021
+        return self.proj(x)
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.attn_norm, self.attn = make_norm(config, config.n_embd), Attention(config, layer)
+        self.mlp_norm, self.mlp = make_norm(config, config.n_embd), MLP(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, rope, cache):
+        x = x + self.dropout(self.attn(self.attn_norm(x), rope, cache))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = make_norm(config, config.n_embd)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embedding.weight
+        if config.position == 'learned':
+            self.position = nn.Embedding(config.block_size, config.n_embd)
+        elif config.position == 'sinusoidal':
+            self.register_buffer('sinusoids', sinusoidal_table(config), persistent=False)
+        else:
+            for name, table in zip(('cos', 'sin'), rope_table(config), strict=True):
+                self.register_buffer(name, table[:, None], persistent=False)  # (block_size, 1, head_dim / 2)
+        self.init_weights()
+
+    def init_weights(self):
+        """Normal weights of deviation 0.02, of the projections back into the residual stream 1 / sqrt(2 n_layer)
+        of that (Radford et al. 2019), biases 0, norms 1."""
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer) if 'proj' in name else 0.02)
+            elif name.endswith('bias'):
+                nn.init.zeros_(p)
+            else:
+                nn.init.ones_(p)
+
+    def n_params(self):
+        """Number of parameters; a tied head counts once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def flops_per_token(self):
+        """Operations to train on one token of a full window (Chowdhery et al. 2022, appendix B)."""
+        c = self.config
+        matrices = sum(p.numel() for block in self.blocks for p in block.parameters() if p.dim() == 2)
+        return 6 * (matrices + c.vocab_size * c.n_embd) + 12 * c.n_layer * c.n_embd * c.block_size
+
+    def forward(self, idx, targets=None, cache=None):
+        """Logits of the next token at each position, or the mean loss against `targets`.
+
+        idx: (B, T) token ids, T (with what the cache holds) at most block_size.
+        targets: (B, T) token ids, -1 where there is none. Returns the mean cross-entropy in nats per token.
+        cache: a KVCache with the tokens before idx; it takes in idx.
+        Without targets returns the logits (B, T, vocab_size).
+        """
+        start = cache.length if cache is not None else 0
+        here = slice(start, start + idx.size(1))
+        if here.stop > self.config.block_size:
+            raise ValueError(f'{here.stop} tokens do not fit into block_size {self.config.block_size}')
+        x, rope = self.embedding(idx), None
+        if self.config.position == 'learned':
+            x = x + self.position.weight[here]
+        elif self.config.position == 'sinusoidal':  # embeddings scaled to the positions' size, as in the paper
+            x = x * math.sqrt(self.config.n_embd) + self.sinusoids[here]
+        else:
+            rope = self.cos[here], self.sin[here]
+        x = self.dropout(x)
+        for block in self.blocks:
+            x = block(x, rope, cache)
+        if cache is not None:
+            cache.length = here.stop
+        x = self.norm(x)
+        if targets is None:
+            return self.lm_head(x)
+        return F.cross_entropy(self.lm_head(x).flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    @torch.inference_mode()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=-1, seed=0):
+        """Continue the prompts idx (B, T), T at most block_size; yields the next token of each, (B,), every step.
+
+        temperature 0 is greedy; top_k keeps the k likeliest tokens (0: all), top_p the smallest set of them
+        whose probability reaches p (Holtzman et al. 2019; 1: all). Ends after max_new_tokens, or when each
+        sequence has emitted `stop`; what a sequence emits after its `stop` means nothing. When the context is
+        full, its last half is prefilled anew.
+        """
+        config, device = self.config, idx.device
+        cache = KVCache(config, idx.size(0), device, self.embedding.weight.dtype)
+        generator = torch.Generator(device).manual_seed(seed)
+        context, ended = idx, torch.zeros(idx.size(0), dtype=torch.bool, device=device)
+        for _ in range(max_new_tokens):
+            if cache.length + idx.size(1) > config.block_size:
+                context = context[:, -max(config.block_size // 2, 1):]
+                idx, cache.length = context, 0
+            logits = self(idx, cache=cache)[:, -1].float()
+            token = pick(logits, temperature, top_k, top_p, generator)
+            yield token
+            ended |= token == stop
+            if stop >= 0 and ended.all():
+                return
+            idx = token[:, None]
+            context = torch.cat((context, idx), dim=1)
+
+
+def pick(logits, temperature, top_k, top_p, generator):
+    """Draw one token id a row from logits (B, vocab_size); returns (B,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if 0 < top_k < logits.size(-1):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    probs = logits.softmax(-1)
+    if top_p < 1:
+        ordered, order = probs.sort(-1, descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= top_p  # the token that reaches top_p stays
+        probs = probs.masked_fill(beyond.gather(-1, order.argsort(-1)), 0.0)
+    return torch.multinomial(probs, 1, generator=generator)[:, 0]

@@ -1,0 +1,96 @@
+"""Write stories with a trained model; stdout has the stories alone, a line `---` between two.
+
+    python sample.py --out_dir out-quickstart
+    python sample.py --start "Once upon a time, there was a dog" --num_samples 10 --temperature 0.8 > stories.txt
+    python sample.py --start FILE:prompt.txt --temperature 0
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from checkpoint import load_checkpoint, load_model
+from configurator import SettingError, UserError, configure, run
+from data.tokenizer import tokenizer_from_state
+from device import choose_device, choose_dtype
+
+out_dir = 'out-tiny-stories'  # folder of the checkpoint
+ckpt = 'best'  # best (lowest validation loss) or last
+start = ''  # how every story begins: text, or FILE:path
+num_samples = 3  # stories, written side by side as one batch
+max_new_tokens = 1000  # longest continuation; most stories end before
+temperature = 0.8  # below 1: likelier words; 0: always the likeliest
+top_k = 0  # draw from the k likeliest tokens; 0: all
+top_p = 0.95  # draw from the likeliest tokens that make up this probability; 1: all
+seed = 1337  # same seed, same stories
+device = 'auto'  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:N or mps
+dtype = 'float32'  # float32, bfloat16, float16 or auto
+
+
+def check_settings():
+    """Refuse what no sample can mean. Raises SettingError."""
+    if ckpt not in ('best', 'last'):
+        raise SettingError(f'ckpt is {ckpt!r}, not best or last')
+    for name, low in ('num_samples', 1), ('max_new_tokens', 1), ('temperature', 0), ('top_k', 0), ('seed', 0):
+        if globals()[name] < low:
+            raise SettingError(f'{name} is {globals()[name]}; it must be at least {low}')
+    if not 0 < top_p <= 1:
+        raise SettingError(f'top_p is {top_p}; it must be above 0 and at most 1')
+
+
+def read_start():
+    """The text that every story begins with."""
+    if not start.startswith('FILE:'):
+        return start
+    try:
+        return Path(start[5:]).read_text(encoding='utf-8')
+    except UnicodeDecodeError as error:
+        raise UserError(f'{start[5:]} is not UTF-8 text ({error.reason} at byte {error.start})') from None
+
+
+def write_stories(model, tokenizer, prompt, stream):
+    """Yield the text of `num_samples` stories that begin with `prompt`; a lone one in growing parts if `stream`."""
+    idx = torch.tensor([[tokenizer.delimiter, *tokenizer.encode(prompt)]] * num_samples)
+    if idx.size(1) > model.config.block_size:
+        raise UserError(f'the start has {idx.size(1)} tokens, more than the context of {model.config.block_size}; '
+                        'shorten it')
+    rows = idx.tolist()
+    ended = [False] * num_samples
+    idx = idx.to(next(model.parameters()).device)
+    for tokens in model.generate(idx, max_new_tokens, temperature, top_k, top_p, tokenizer.delimiter, seed):
+        for i, token in enumerate(tokens.tolist()):
+            ended[i] = ended[i] or token == tokenizer.delimiter
+            if not ended[i]:
+                rows[i].append(token)
+        if stream:
+            yield tokenizer.decode(rows[0])
+    if not all(ended):
+        print(f'{ended.count(False)} of {num_samples} stories were cut at --max_new_tokens {max_new_tokens}',
+              file=sys.stderr)
+    if not stream:
+        yield from (tokenizer.decode(row) for row in rows)
+
+
+def main():
+    check_settings()
+    place = choose_device(device)
+    checkpoint = load_checkpoint(Path(out_dir) / {'best': 'best.pt', 'last': 'ckpt.pt'}[ckpt])
+    tokenizer = tokenizer_from_state(checkpoint['tokenizer'])
+    model = load_model(checkpoint, place).to(choose_dtype(dtype, place))
+    prompt = read_start()
+    if num_samples == 1 and sys.stdout.isatty():
+        shown = ''
+        for text in write_stories(model, tokenizer, prompt, stream=True):
+            text = text.rstrip('\N{REPLACEMENT CHARACTER}')  # a character whose last bytes are still to come
+            print(text[len(shown):], end='', flush=True)
+            shown = text
+        print()
+        return
+    for i, text in enumerate(write_stories(model, tokenizer, prompt, stream=False)):
+        print(('---\n' if i else '') + text)
+
+
+if __name__ == '__main__':
+    configure(globals())
+    run(main)

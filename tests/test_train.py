@@ -1,0 +1,197 @@
+"""The parts of train.py, and the scripts run as a user runs them: train, resume, sample."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from checkpoint import load_checkpoint
+from configurator import SettingError
+from model import GPT, GPTConfig
+
+ROOT = Path(__file__).parent.parent
+TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=64', '--batch_size=4', '--max_iters=12',
+        '--eval_interval=6', '--log_interval=1', '--device=cpu', '--dtype=float32']
+
+
+def script(*words, cwd=ROOT, status=0):
+    """Run a script as a user does; returns the finished process."""
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    return done
+
+
+@pytest.fixture
+def settings(monkeypatch):
+    return lambda **values: [monkeypatch.setattr(train, key, value) for key, value in values.items()]
+
+
+def test_the_learning_rate_at_its_edges(settings):
+    settings(warmup_iters=4, max_iters=10)
+    factors = [train.lr_factor(it) for it in range(12)]
+    assert factors == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0, 0])
+    settings(warmup_iters=0)
+    assert train.lr_factor(0) == 1 and train.lr_factor(9) == pytest.approx(0.1)
+    settings(warmup_iters=20)  # a warm-up longer than the run
+    assert all(0 < train.lr_factor(it) <= 1 for it in range(10))
+
+
+@pytest.mark.parametrize('optimizer', ['muon', 'adamw'])
+@pytest.mark.parametrize('choices', [{}, {'norm': 'layer', 'position': 'learned', 'bias': True, 'tie_embeddings': False}])
+def test_every_parameter_has_one_optimizer(settings, optimizer, choices):
+    settings(optimizer=optimizer)
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=8, **choices))
+    optimizers = train.make_optimizers(model)
+    held = [p for opt in optimizers for group in opt.param_groups for p in group['params']]
+    assert sorted(map(id, held)) == sorted(map(id, model.parameters()))
+    for opt in optimizers:
+        for group in opt.param_groups:
+            for p in group['params']:
+                assert (group['weight_decay'] > 0) == (p.dim() == 2)
+    names = {id(p): name for name, p in model.named_parameters()}
+    by_muon = {names[id(p)] for opt in optimizers if isinstance(opt, torch.optim.Muon)
+               for group in opt.param_groups for p in group['params']}
+    matrices = {f'blocks.0.{name}.weight' for name in
+                ('attn.q', 'attn.k', 'attn.v', 'attn.proj', 'mlp.up', 'mlp.gate', 'mlp.proj')}
+    assert by_muon == (matrices if optimizer == 'muon' else set())
+
+
+def test_indivisible_batches_name_the_nearest(settings):
+    settings(batch_size=12, gradient_accumulation_steps=1)
+    for ranks in 1, 2, 4:
+        train.check_settings(ranks)
+    with pytest.raises(SettingError, match='8 or 16'):
+        train.check_settings(8)
+    settings(gradient_accumulation_steps=8)
+    train.check_settings(8)
+
+
+def test_metrics_go_on_from_the_step(tmp_path):
+    path = tmp_path / 'metrics.jsonl'
+    path.write_text('{"iter": 0, "loss": 1}\n{"iter": 1, "loss": 2}\n{"iter": 2, "loss": 3}\n{"iter": 3, "lo')
+    train.keep_metrics(path, 2)
+    assert path.read_text() == '{"iter": 0, "loss": 1}\n{"iter": 1, "loss": 2}\n'
+    train.keep_metrics(tmp_path / 'none.jsonl', 0)
+    assert (tmp_path / 'none.jsonl').read_text() == ''
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    """A prepared folder and a trained one."""
+    folder = tmp_path_factory.mktemp('run')
+    lines = [f'Once there was a dog number {i}. It ran to the tree. The dog was happy.\n<|endoftext|>\n' for i in range(300)]
+    (folder / 'stories.txt').write_text(''.join(lines))
+    script('data/tiny_stories/prepare.py', '--source', folder / 'stories.txt', '--out_dir', folder / 'data')
+    done = script('train.py', '--dataset', folder / 'data', '--out_dir', folder / 'out', *TINY)
+    return folder, done
+
+
+def metrics(folder):
+    lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != 'tokens_per_s'} for line in lines]
+
+
+def test_a_run_shows_and_writes_what_it_should(run):
+    folder, done = run
+    lines = metrics(folder / 'out')
+    assert [line['iter'] for line in lines if 'loss' in line] == list(range(12))
+    assert [line['iter'] for line in lines if 'val_loss' in line] == [0, 6, 12]
+    assert set(lines[0]) == {'iter', 'val_loss', 'val_ppl', 'val_bpb', 'val_acc'}
+    assert set(lines[1]) == {'iter', 'loss', 'lr', 'grad_norm'}
+    assert lines[-1]['val_loss'] < lines[0]['val_loss']
+    assert 'step 12: validation loss' in done.stdout and 'bits per byte' in done.stdout
+    assert (folder / 'out' / 'loss.png').stat().st_size > 1000
+    checkpoint = load_checkpoint(folder / 'out' / 'ckpt.pt')
+    assert checkpoint['iter'] == 12 and checkpoint['settings']['n_embd'] == 32
+    assert checkpoint['best_val_loss'] == min(line['val_loss'] for line in lines if 'val_loss' in line)
+
+
+def test_a_run_is_not_overwritten_unless_told(run):
+    folder, _ = run
+    words = ['train.py', '--dataset', folder / 'data', '--out_dir', folder / 'out', *TINY]
+    done = script(*words, status=2)
+    assert done.stderr.count('\n') == 1 and '--overwrite' in done.stderr
+    assert load_checkpoint(folder / 'out' / 'ckpt.pt')['iter'] == 12
+
+
+@pytest.mark.parametrize('extra', [[], ['--dropout=0.2', '--gradient_accumulation_steps=2']], ids=['plain', 'dropout'])
+def test_a_resumed_run_is_the_unbroken_one(run, tmp_path, extra):
+    """Stopped at step 4 by a shorter run? No: the schedule would differ. It is stopped by a signal, wherever that falls."""
+    folder, _ = run
+    words = ['train.py', '--dataset', folder / 'data', *TINY, '--max_iters=60', *extra]
+    script(*words, '--out_dir', tmp_path / 'whole')
+    process = subprocess.Popen([sys.executable, *map(str, words), '--out_dir', tmp_path / 'broken'], cwd=ROOT,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith('step 9/'):
+            process.terminate()
+            break
+    _, stderr = process.communicate()
+    assert process.returncode == 143 and '--init_from resume' in stderr
+    assert 9 <= load_checkpoint(tmp_path / 'broken' / 'ckpt.pt')['iter'] < 60
+    script('train.py', '--init_from', 'resume', '--out_dir', tmp_path / 'broken')
+    assert metrics(tmp_path / 'broken') == metrics(tmp_path / 'whole')
+    whole, broken = (load_checkpoint(tmp_path / name / 'ckpt.pt')['model'] for name in ('whole', 'broken'))
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+
+
+def test_stories_need_the_checkpoint_alone(run, tmp_path):
+    folder, _ = run
+    words = [ROOT / 'sample.py', '--out_dir', folder / 'out', '--num_samples', '4', '--max_new_tokens', '50', '--seed', '5']
+    (folder / 'data').rename(tmp_path / 'away')
+    try:
+        done = script(*words, '--start', 'Once there', cwd=tmp_path)
+    finally:
+        (tmp_path / 'away').rename(folder / 'data')
+    stories = done.stdout.split('\n---\n')
+    assert len(stories) == 4 and all(story.startswith('Once there') for story in stories)
+    assert script(*words, '--start', 'Once there').stdout == done.stdout
+    assert script(*words[:-1], '6', '--start', 'Once there').stdout != done.stdout
+    (tmp_path / 'start.txt').write_text('A dog')
+    greedy = script(*words, '--start', f'FILE:{tmp_path}/start.txt', '--temperature', '0', '--ckpt', 'last').stdout
+    assert len(set(greedy.strip().split('\n---\n'))) == 1 and greedy.startswith('A dog')
+
+
+@pytest.mark.parametrize('words, status, named', [
+    (['--top_p', '2'], 2, 'top_p'), (['--ckpt', 'old'], 2, 'ckpt'), (['--device', 'cuda:9'], 2, 'cuda:9'),
+    (['--start', 'long ' * 100], 1, 'context of 64'), (['--start', 'FILE:nowhere.txt'], 1, 'nowhere.txt'),
+    (['--out_dir', 'nowhere'], 1, 'nowhere/best.pt'), (['--num_samples', '0'], 2, 'num_samples'),
+])
+def test_mistakes_in_sampling_are_one_line(run, words, status, named):
+    folder, _ = run
+    done = script('sample.py', '--out_dir', folder / 'out', *words, status=status)
+    assert done.stderr.count('\n') == 1 and named in done.stderr and not done.stdout
+
+
+@pytest.mark.parametrize('words, status, named', [
+    (['--n_embd', '30', '--n_head', '4'], 2, 'n_head'), (['--batch_size', '0'], 2, 'batch_size'),
+    (['--optimizer', 'sgd'], 2, 'muon or adamw'), (['--dtype', 'int8'], 2, 'float32, bfloat16'),
+    (['--init_from', 'resume'], 1, 'train first'), (['--init_from', 'gpt3'], 2, 'scratch'),
+    (['--dataset', 'nowhere'], 1, 'prepare.py'), (['--block_size', '100000'], 1, 'fewer than one window'),
+    (['--compile', 'yes'], 2, 'compile'), (['--device', 'tpu'], 2, 'tpu'),
+])
+def test_mistakes_in_training_are_one_line(run, tmp_path, words, status, named):
+    folder, _ = run
+    done = script('train.py', '--dataset', folder / 'data', '--out_dir', tmp_path / 'out', *words, status=status)
+    assert done.stderr.count('\n') == 1 and named in done.stderr
+    assert not (tmp_path / 'out').exists()
+
+
+def test_another_model_or_other_data_is_not_gone_on_with(run, tmp_path):
+    folder, _ = run
+    resume = ['train.py', '--init_from', 'resume', '--out_dir', folder / 'out']
+    assert 'n_embd is 64, but' in script(*resume, '--n_embd', '64', status=2).stderr
+    (tmp_path / 'stories.txt').write_text('One story.<|endoftext|>Another story.<|endoftext|>' * 50)
+    script('data/tiny_stories/prepare.py', '--source', tmp_path / 'stories.txt', '--out_dir', tmp_path / 'data',
+           '--tokenizer', folder / 'out')
+    assert 'fingerprint' in script(*resume, '--dataset', tmp_path / 'data', status=2).stderr
+
+
+def test_configs_are_readable_and_their_models_as_large_as_they_say():
+    script('train.py', 'config/quickstart.py', '--help')
+    for path in sorted((ROOT / 'config').iterdir()):
+        script('train.py', '--dataset', 'nowhere', path, status=1)

@@ -1,0 +1,411 @@
+"""Train a GPT on prepared token shards.
+
+    python train.py                                             data/tiny_stories, the defaults below
+    python train.py config/quickstart.py                        a recipe
+    python train.py config/tiny_stories.py --max_iters 1000     a recipe, changed
+    python train.py --init_from resume --out_dir out-quickstart     go on with a run
+    torchrun --standalone --nproc_per_node=8 train.py config/tiny_stories.py
+"""
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from checkpoint import load_checkpoint, save_checkpoint
+from configurator import SettingError, UserError, configure, run, settings
+from data.shards import Batches, Split, fingerprint
+from data.tokenizer import load_tokenizer
+from device import autocast, choose_device, choose_dtype, peak_flops
+from evaluate import evaluate
+from model import GPT, GPTConfig
+
+# what to read and write
+dataset = 'tiny_stories'  # a folder under data/, or any path to a prepared folder
+out_dir = 'out-tiny-stories'  # where checkpoints, metrics.jsonl and loss.png go
+init_from = 'scratch'  # scratch, or resume: go on with the run in out_dir
+overwrite = False  # start anew in an out_dir that holds another run, which is lost
+# the model; GPTConfig in model.py explains
+block_size = 256  # context, in tokens
+n_layer = 6  # blocks
+n_head = 6  # attention heads
+n_kv_head = 0  # key-value heads; 0: n_head
+n_embd = 288  # width
+norm = 'rms'  # rms or layer
+position = 'rope'  # rope, learned or sinusoidal
+mlp = 'swiglu'  # swiglu, gelu, relu or relu2
+mlp_width = 0  # hidden width of the MLP; 0: derived from n_embd
+qk_norm = False  # normalise queries and keys
+bias = False  # biases in the linear layers and in LayerNorm
+tie_embeddings = True  # one matrix for the embedding and the head
+dropout = 0.0  # probability
+rope_theta = 10000.0  # base of the rotary frequencies
+norm_eps = 1e-5  # added to the variance in norms
+# optimisation
+max_iters = 5000  # steps
+batch_size = 32  # sequences a micro-batch
+gradient_accumulation_steps = 1  # micro-batches a step, over all ranks together
+optimizer = 'muon'  # muon (on the matrices of the blocks, AdamW on the rest) or adamw
+learning_rate = 0.0  # peak rate of AdamW; 0: 0.01 beside Muon, whose own rate is twice that, 1e-3 alone
+warmup_iters = 50  # steps of linear warm-up; the rate then falls linearly to 0 at max_iters
+weight_decay = 0.1  # on matrices
+beta1 = 0.9  # of AdamW
+beta2 = 0.95  # of AdamW
+grad_clip = 1.0  # largest gradient norm; 0: not clipped
+# what a run shows
+eval_interval = 500  # steps between evaluations, each with a checkpoint and a sampled story
+eval_iters = 0  # batches an evaluation; 0: the whole validation split
+log_interval = 10  # steps between lines
+# the machine
+device = 'auto'  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:N or mps
+dtype = 'auto'  # auto (bfloat16 where the hardware has it), float32, bfloat16 or float16
+compile = 'auto'  # auto (on CUDA alone), True or False: torch.compile
+seed = 1337  # of weights, data order and dropout
+
+
+def checkpoint_settings(settings):
+    """What `configure` lays under files and flags: the settings of the run to go on with."""
+    if settings['init_from'] == 'resume':
+        saved = load_checkpoint(Path(settings['out_dir']) / 'ckpt.pt')['settings']
+        return {name: value for name, value in saved.items() if name not in ('out_dir', 'init_from', 'overwrite')}
+    return {}
+
+
+def check_settings(world_size):
+    """Refuse what no run can mean. Raises SettingError."""
+    for name in 'batch_size', 'gradient_accumulation_steps', 'eval_interval', 'log_interval', 'max_iters':
+        if globals()[name] < 1:
+            raise SettingError(f'{name} is {globals()[name]}; it must be at least 1')
+    for name in 'learning_rate', 'warmup_iters', 'weight_decay', 'grad_clip', 'eval_iters', 'seed':
+        if globals()[name] < 0:
+            raise SettingError(f'{name} is {globals()[name]}; it must be 0 or more')
+    for name in 'beta1', 'beta2':
+        if not 0 <= globals()[name] < 1:
+            raise SettingError(f'{name} is {globals()[name]}; it must be at least 0 and below 1')
+    if optimizer not in ('muon', 'adamw'):
+        raise SettingError(f'optimizer is {optimizer!r}, not muon or adamw')
+    if compile not in ('auto', 'True', 'False'):
+        raise SettingError(f"compile is {compile!r}, not 'auto', 'True' or 'False'")
+    sequences = batch_size * gradient_accumulation_steps
+    if sequences % (world_size * micro_steps(world_size)):
+        unit = world_size * micro_steps(world_size)
+        below, above = sequences // unit * unit, (sequences // unit + 1) * unit
+        raise SettingError(f'{sequences} sequences a step (batch_size {batch_size} * gradient_accumulation_steps '
+                           f'{gradient_accumulation_steps}) do not split evenly over {world_size} ranks with '
+                           f'{micro_steps(world_size)} micro-batches each; the nearest that do: '
+                           + ' or '.join(str(n) for n in (below, above) if n))
+
+
+def micro_steps(world_size):
+    """Micro-batches a rank computes in a step: none is larger than batch_size."""
+    return math.ceil(gradient_accumulation_steps / world_size)
+
+
+def make_config(vocab_size):
+    """The model's config out of the settings. Raises SettingError."""
+    try:
+        return GPTConfig(vocab_size=vocab_size, **{field.name: globals()[field.name] for field in fields(GPTConfig)
+                                                   if field.name != 'vocab_size'})
+    except ValueError as error:
+        raise SettingError(str(error)) from None
+
+
+def make_optimizers(model):
+    """A list of optimizers that share out all parameters; each group's `peak_lr` is what the schedule scales.
+
+    Muon (Jordan 2024) takes the matrices of the blocks; AdamW takes embeddings, head, norms and biases.
+    """
+    matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2 and name.startswith('blocks.')}
+    rest = {name: p for name, p in model.named_parameters() if name not in matrices}
+    adamw_lr = learning_rate or (0.01 if optimizer == 'muon' else 1e-3)
+    optimizers = []
+    if optimizer == 'muon':
+        optimizers.append(torch.optim.Muon(matrices.values(), lr=2 * adamw_lr, weight_decay=weight_decay))
+    else:
+        rest.update(matrices)
+    groups = [{'params': [p for p in rest.values() if p.dim() == 2], 'weight_decay': weight_decay},
+              {'params': [p for p in rest.values() if p.dim() != 2], 'weight_decay': 0.0}]
+    optimizers.append(torch.optim.AdamW(groups, lr=adamw_lr, betas=(beta1, beta2), fused=True))
+    for group in (group for opt in optimizers for group in opt.param_groups):
+        group['peak_lr'] = group['lr']
+    return optimizers
+
+
+def lr_factor(it):
+    """Share of the peak learning rate at step `it`: linear warm-up, then linear decay to 0 at max_iters."""
+    warmup = min(1.0, (it + 1) / (warmup_iters + 1))
+    return min(warmup, max(0, max_iters - it) / max(1, max_iters - warmup_iters))
+
+
+def compiled(model, x, y, context):
+    """torch.compile(model) where it works (tried on one batch), else one line and the model itself."""
+    if compile == 'False' or (compile == 'auto' and x.device.type != 'cuda'):
+        return model
+    fast = torch.compile(model)
+    try:
+        with context:
+            fast(x, y).backward()
+        model.zero_grad(set_to_none=True)
+        return fast
+    except Exception as error:  # a missing compiler, an old GPU: many libraries, many exceptions
+        print(f'torch.compile failed ({type(error).__name__}); going on without it', file=sys.stderr)
+        return model
+
+
+def sample_story(model, tokenizer, context):
+    """One story from the model as it stands, for a person to see it learn."""
+    prompt = torch.tensor([[tokenizer.delimiter]], device=next(model.parameters()).device)
+    with context:
+        tokens = [int(t) for t in model.generate(prompt, block_size, 0.8, stop=tokenizer.delimiter, seed=seed)]
+    return tokenizer.decode(tokens)
+
+
+def keep_metrics(path, it):
+    """Leave in metrics.jsonl what came before step `it`: the run goes on from there."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    before = []
+    for line in lines:
+        try:
+            if json.loads(line)['iter'] < it:
+                before.append(line + '\n')
+        except ValueError:  # half a line, from a run that was killed
+            break
+    temporary = path.with_name(path.name + '.tmp')
+    temporary.write_text(''.join(before))
+    temporary.replace(path)
+
+
+def plot_losses(folder):
+    """Draw folder/metrics.jsonl as folder/loss.png."""
+    import matplotlib  # takes half a second to import
+
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+
+    records = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+    figure, axes = pyplot.subplots()
+    for key, label in ('loss', 'training'), ('val_loss', 'validation'):
+        points = [(record['iter'], record[key]) for record in records if key in record]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label)
+    axes.set(xlabel='step', ylabel='loss (nats per token)')
+    axes.legend()
+    figure.savefig(folder / 'loss.png')
+    pyplot.close(figure)
+
+
+def step_seed(it, rank):
+    """The seed of the dropout of step `it` on this rank."""
+    return int(np.random.SeedSequence((seed, it, rank)).generate_state(1)[0])
+
+
+def seconds(t):
+    """A duration for a person."""
+    return f'{t / 3600:.1f} h' if t >= 5400 else f'{t / 60:.0f} min' if t >= 90 else f'{t:.0f} s'
+
+
+def check_same_run(checkpoint, config, data):
+    """Refuse to go on with another model or other data than the run had. Raises SettingError."""
+    for name, before in checkpoint['config'].items():
+        now = getattr(config, name)
+        if now != before:
+            raise SettingError(f'{name} is {now}, but {out_dir}/ckpt.pt has {before}: leave it out to go on with the '
+                               'run, or name another --out_dir for a new one')
+    if checkpoint['fingerprint'] != data:
+        raise SettingError(f"the data in {dataset} is not what this run was trained on (fingerprint {data[:12]}, the "
+                           f"run's {checkpoint['fingerprint'][:12]}): prepare it as before, or name another --out_dir")
+
+
+def watch_signals():
+    """Ctrl-C and SIGTERM put their number into the list returned, for the loop to see; a second Ctrl-C stops at once."""
+    caught = []
+
+    def note(number, frame):
+        if caught and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, note)
+    return caught
+
+
+def main():
+    rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    master = rank == 0
+    check_settings(world_size)
+    place = choose_device(device, int(os.environ.get('LOCAL_RANK', 0)))
+    precision = choose_dtype(dtype, place)
+    if precision == torch.float16 and place.type != 'cuda':
+        raise SettingError(f'float16 trains on CUDA alone; --dtype float32 or bfloat16 on {place.type}')
+    context = autocast(place, precision)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+
+    # the data
+    folder = Path(dataset) if Path(dataset).is_dir() else Path(__file__).parent / 'data' / dataset
+    train_split, val_split = Split(folder, 'train'), Split(folder, 'val')
+    tokenizer = load_tokenizer(folder)
+    batches = Batches(train_split, block_size, batch_size * gradient_accumulation_steps, seed, rank, world_size)
+
+    # the model, its optimizers, and where a run to go on with stands
+    out = Path(out_dir)
+    if init_from == 'scratch' and not overwrite and (out / 'ckpt.pt').exists():
+        raise SettingError(f'{out} holds another run: go on with it (--init_from resume), replace it (--overwrite), '
+                           'or name another folder (--out_dir)')
+    torch.manual_seed(seed)
+    model = GPT(make_config(tokenizer.vocab_size)).to(place)
+    optimizers = make_optimizers(model)
+    scaler = torch.amp.GradScaler(place.type, enabled=precision == torch.float16)
+    it, best_val_loss = 0, math.inf
+    if init_from == 'resume':
+        checkpoint = load_checkpoint(out / 'ckpt.pt')
+        check_same_run(checkpoint, model.config, fingerprint(train_split.meta))
+        model.load_state_dict(checkpoint['model'])
+        for opt, state in zip(optimizers, checkpoint['optimizers'], strict=True):
+            peaks = [group['peak_lr'] for group in opt.param_groups]
+            opt.load_state_dict(state)
+            for group, peak in zip(opt.param_groups, peaks, strict=True):
+                group['peak_lr'] = peak  # a rate given for the rest of the run counts
+        scaler.load_state_dict(checkpoint['scaler'])
+        it, best_val_loss = checkpoint['iter'], checkpoint['best_val_loss']
+        del checkpoint
+
+    if world_size > 1:
+        dist.init_process_group('nccl' if place.type == 'cuda' else 'gloo')
+    micro = micro_steps(world_size)
+
+    def load(step):
+        """This rank's micro-batches of `step` on the device: a list of pairs (x, y), (B, block_size) each."""
+        xy = [torch.from_numpy(a) for a in batches(step)]
+        if place.type == 'cuda':
+            xy = [a.pin_memory() for a in xy]
+        return list(zip(*(a.to(place, non_blocking=True).chunk(micro) for a in xy), strict=True))
+
+    fast = compiled(model, *load(it)[0], context)
+    network = DistributedDataParallel(fast) if world_size > 1 else fast
+    caught = watch_signals()
+    if master:
+        out.mkdir(parents=True, exist_ok=True)
+        if init_from == 'scratch':
+            for name in 'ckpt.pt', 'best.pt', 'metrics.jsonl', 'loss.png':
+                (out / name).unlink(missing_ok=True)
+        keep_metrics(out / 'metrics.jsonl', it)
+        step_tokens = batches.sequences * block_size
+        print(f'{model.n_params():,} parameters on {world_size} {place.type} in {str(precision).split(".")[1]}; '
+              f'{train_split.n_tokens:,} training tokens ({tokenizer.encoding}), {step_tokens:,} a step, '
+              f'{max_iters * step_tokens / train_split.n_tokens:.2f} epochs')
+
+    def record(**values):
+        with open(out / 'metrics.jsonl', 'a') as file:
+            file.write(json.dumps(values) + '\n')
+
+    def save(name):
+        save_checkpoint(out / name, {
+            'model': model.state_dict(), 'config': asdict(model.config), 'tokenizer': tokenizer.state(),
+            'settings': settings(globals()), 'iter': it, 'best_val_loss': best_val_loss,
+            'optimizers': [opt.state_dict() for opt in optimizers], 'scaler': scaler.state_dict(),
+            'fingerprint': fingerprint(train_split.meta)})
+
+    def stop():
+        """Save, say how to go on, and exit as one stopped by a signal does."""
+        if master:
+            save('ckpt.pt')
+            print(f'stopped at step {it} and saved; go on with: python train.py --init_from resume --out_dir {out}',
+                  file=sys.stderr)
+        raise SystemExit(128 + (caught[0] if caught else signal.SIGTERM))
+
+    peak = peak_flops(place)
+    skipped = 0  # steps without an update, normal under float16 scaling
+    started, start_it = time.perf_counter(), it
+    clock, clock_it = started, it  # of the last line
+    with ThreadPoolExecutor(1) as loader:
+        upcoming = loader.submit(load, it)
+        while True:
+            if it % eval_interval == 0 or it == max_iters:
+                eval_start = time.perf_counter()
+                model.eval()
+                with context:
+                    result = evaluate(fast, val_split, block_size, batch_size, eval_iters, place, rank, world_size,
+                                      lambda: bool(caught))
+                if result is None:
+                    stop()
+                if master:
+                    print(f"step {it}: validation loss {result['val_loss']:.4f}, perplexity {result['val_ppl']:.2f}, "
+                          f"{result['val_bpb']:.4f} bits per byte, accuracy {result['val_acc']:.1%}")
+                    record(iter=it, **result)
+                    if result['val_loss'] < best_val_loss:
+                        best_val_loss = result['val_loss']
+                        save('best.pt')
+                    save('ckpt.pt')
+                    print('   ', sample_story(model, tokenizer, context).replace('\n', '\n    '), flush=True)
+                    plot_losses(out)
+                model.train()
+                pause = time.perf_counter() - eval_start
+                started, clock = started + pause, clock + pause
+            if it >= max_iters:
+                break
+
+            # one step: forward and backward over the micro-batches, then the update
+            torch.manual_seed(step_seed(it, rank))  # dropout
+            for opt in optimizers:
+                for group in opt.param_groups:
+                    group['lr'] = group['peak_lr'] * lr_factor(it)
+            pairs, upcoming = upcoming.result(), loader.submit(load, it + 1)
+            loss = torch.zeros((), device=place)
+            for i, (x, y) in enumerate(pairs):
+                network.require_backward_grad_sync = i == len(pairs) - 1  # DDP: one exchange a step
+                with context:
+                    part = network(x, y) / len(pairs)
+                scaler.scale(part).backward()
+                loss += part.detach()
+            for opt in optimizers:
+                scaler.unscale_(opt)
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+            shared = torch.stack((loss, loss.new_tensor(bool(caught))))
+            if world_size > 1:
+                dist.all_reduce(shared)
+            loss, stopping = shared[0].item() / world_size, shared[1].item()
+            grad_norm = grad_norm.item()
+            if not math.isfinite(loss) or not (math.isfinite(grad_norm) or scaler.is_enabled()):
+                raise UserError(f'step {it}: the loss is {loss}, the gradient norm {grad_norm}; the weights before it '
+                                f'are in {out}/ckpt.pt. Lower --learning_rate, or use --dtype float32')
+            skipped += not math.isfinite(grad_norm)
+            for opt in optimizers:
+                scaler.step(opt)
+                opt.zero_grad(set_to_none=True)
+            scaler.update()
+
+            if master and it % log_interval == 0:
+                now = time.perf_counter()
+                speed = (it + 1 - clock_it) * batches.sequences * block_size / (now - clock)
+                left = (max_iters - it - 1) * (now - started) / (it + 1 - start_it)
+                clock, clock_it = now, it + 1
+                lr = optimizers[0].param_groups[0]['lr']
+                record(iter=it, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=speed)
+                print(f'step {it}/{max_iters}: loss {loss:.4f}, lr {lr:.2e}, grad norm {grad_norm:.2f}, '
+                      f'{speed:,.0f} tokens/s, {seconds(left)} left'
+                      + (f', MFU {speed * model.flops_per_token() / peak / world_size:.1%}' if peak else '')
+                      + (f', {skipped} steps skipped' if skipped else ''), flush=True)
+            it += 1
+            if stopping:
+                stop()
+
+    if master:
+        print(f'done: best validation loss {best_val_loss:.4f}; write stories with: python sample.py --out_dir {out}')
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == '__main__':
+    configure(globals(), base=checkpoint_settings)
+    run(main)
