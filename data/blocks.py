@@ -4,20 +4,21 @@
 """
 
 import codecs
+import functools
 import hashlib
 import json
 import os
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from configurator import UserError
 
 DELIMITER = b'<|endoftext|>'
-BLOCK = 1 << 17  # bytes of source in a block: what is made of it stays in the processor's cache
+BLOCK = 1 << 16  # bytes of source in a block: what is made of it stays in the processor's cache
 RECORD_LIMIT = 1 << 25  # bytes of one JSON record; longer texts belong in a .txt, which is read in pieces
 FIELDS = ('text', 'story')
 TOO_LONG = f'no JSON record ends within {RECORD_LIMIT >> 20} MB: it is broken, or belongs in a .txt'
+new_hash = functools.partial(hashlib.blake2b, digest_size=16)  # decides where a story goes
 BETWEEN_RECORDS = re.compile(r'[\s,\[\]]*')
 BETWEEN_WORDS = re.compile(rb'[A-Za-z](?= [A-Za-z])')  # no token goes across the end of a match
 
@@ -27,13 +28,13 @@ class Block:
     """Some whole stories, or a piece of a long one.
 
     kind: 'stories' (text with delimiters), 'document' (text that is one story), 'piece' (of a long story),
-    'lines' (of JSON), 'texts' (a list of str) or 'column' (a pyarrow array of strings).
+    'lines' (of JSON) or 'texts' (a list of str).
     """
 
     kind: str
-    data: Any  # bytes, but for 'texts' and 'column'
+    data: bytes | list
     path: str = ''
-    offset: int = 0  # of data in its file, in bytes, of a column in rows; for messages
+    offset: int = 0  # of data in its file, in bytes, for messages
     split: str = ''  # 'train', 'val', or '' where each story's hash decides
     starts: bool = True  # False for the later pieces of a story
     digest: bytes = b''  # of a piece: that of the whole story
@@ -57,7 +58,7 @@ def read(part):
     elif part.suffix.lower() == '.json':
         yield from _grouped(_json(part))
     else:
-        yield from _table(part)
+        yield from _grouped(_table(part))
 
 
 def _text(path):
@@ -138,11 +139,6 @@ def _pieces(file, start, stop, delimited=False, may_be_blank=False):
         at += len(data)
 
 
-def new_hash(data=b''):
-    """The hash that decides where a story goes: 16 bytes, the same on every machine."""
-    return hashlib.blake2b(data, digest_size=16)
-
-
 def _lines(path):
     with open(path, 'rb', buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
@@ -213,27 +209,28 @@ def _grouped(stories):
 
 
 def _table(path):
-    """Yields the column of stories of a Parquet file, or of an Arrow file as `datasets` writes them."""
+    """Yields the stories of a Parquet file, or of an Arrow file as `datasets` writes them."""
     import pyarrow as pa
     import pyarrow.parquet as pq
+    row = 0
     try:
         if path.suffix.lower() == '.parquet':
-            file = pq.ParquetFile(path, buffer_size=BLOCK, pre_buffer=False)  # no whole row group in memory
+            file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)  # never a whole row group
             name = _column(path, file.schema_arrow)
-            batches = file.iter_batches(1024, columns=[name], use_threads=False)
-            columns = (batch.column(0) for batch in batches)
+            batches = file.iter_batches(256, columns=[name], use_threads=False)
         else:
             file = pa.OSFile(str(path))  # not memory_map: its pages would count as ours
             batches = pa.ipc.open_stream(file)
             name = _column(path, batches.schema)
-            columns = (batch.column(name) for batch in batches)
-        row = 0
         with file:
-            for column in columns:
-                yield Block('column', column, str(path), row)
-                row += len(column)
+            for batch in batches:
+                for text in batch.column(name).to_pylist():
+                    row += 1
+                    yield _checked(text, name)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f'{path} cannot be read, fetch it again: {_reason(error)}') from None
+    except ValueError as error:  # a UnicodeDecodeError is one
+        raise UserError(f'{path}, after row {row}: {_reason(error)}') from None
 
 
 def _column(path, schema):
@@ -248,8 +245,6 @@ def texts(block):
     """The stories of a block as a list of str, blank ones included. Raises UserError where it is damaged."""
     if block.kind == 'texts':
         return block.data
-    if block.kind == 'column':
-        return _column_texts(block)
     try:
         text = block.data.decode()
     except UnicodeDecodeError as error:
@@ -295,15 +290,6 @@ def _checked(text, name):
     except UnicodeEncodeError as error:
         raise ValueError(f'{name!r} has half a surrogate pair, {text[error.start]!a}') from None
     return text
-
-
-def _column_texts(block):
-    """The texts of an Arrow column."""
-    try:
-        return [_checked(text, 'the column of stories') for text in block.data.to_pylist()]
-    except ValueError as error:  # a UnicodeDecodeError is one
-        rows = f'rows {block.offset + 1} to {block.offset + len(block.data)}'
-        raise UserError(f'{block.path}, {rows}: {_reason(error)}') from None
 
 
 def _reason(error):

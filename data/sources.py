@@ -17,7 +17,7 @@ from data import blocks
 
 SUFFIXES = ('.txt', '.jsonl', '.json', '.parquet')
 KINDS = 'stories come as .txt, .jsonl, .json, .parquet, a folder of these, or what save_to_disk writes'
-HUB_PATIENCE = 8  # seconds to wait for the hub's answer; a library would retry for minutes
+HUB_PATIENCE = 5  # seconds to wait for the hub's answer; a library would retry for minutes
 
 
 @dataclass

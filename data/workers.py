@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import itertools
 import multiprocessing
 import os
 import signal
@@ -10,6 +11,8 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 from configurator import UserError
+
+TASK = 16  # items sent at a time: sending has a price of its own
 
 
 def in_order(function, items, processes):
@@ -21,15 +24,14 @@ def in_order(function, items, processes):
         yield from map(function, items)
         return
     pool = ProcessPoolExecutor(processes, multiprocessing.get_context('spawn'), _start, (function,))
-    pending = collections.deque()
+    items, pending = iter(items), collections.deque()
     try:
-        for item in items:
-            with _interrupts_held():
-                pending.append(pool.submit(_call, item))
-            if len(pending) > 2 * processes:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        while (task := list(itertools.islice(items, TASK))) or pending:
+            if task:
+                with _interrupts_held():
+                    pending.append(pool.submit(_call, task))
+            if not task or len(pending) > 2 * processes:
+                yield from pending.popleft().result()
     except BrokenProcessPool:
         raise UserError('a worker process was killed, for lack of memory? Try a smaller --num_proc') from None
     finally:
@@ -47,8 +49,8 @@ def _end_with_parent():
     os._exit(1)
 
 
-def _call(item):
-    return _function(item)
+def _call(task):
+    return [_function(item) for item in task]
 
 
 @contextlib.contextmanager

@@ -36,7 +36,7 @@ from data.workers import in_order
 
 source = 'roneneldan/TinyStories'  # user/name on the hub, a local file or folder, or sample (built in)
 encoding_type = 'char'  # char, bpe or gpt2
-# 4096 and not 30,000: at 288 wide, 30,000 rows of the embedding are 8.6M parameters, more than all the layers of
+# 4096 and not 30,000: at 288 wide, 30,000 rows of the embedding are 8.6M parameters, more than all layers of
 # a 15M model; and the few words of these stories are nearly all whole tokens in 4096 rows already.
 vocab_size = 4096  # of bpe, the two infilling tokens counted
 tokenizer = ''  # use this one: a checkpoint, a prepared folder, a .model, a folder with GPT-2's vocabulary
@@ -70,37 +70,34 @@ class Survey:
     """What the first pass saw. Arrays are (2,), for train and val."""
 
     stories: np.ndarray = field(default_factory=lambda: np.zeros(2, np.int64))
-    kept: np.ndarray = field(default_factory=lambda: np.zeros(2, np.int64))  # stories used
+    used: np.ndarray = field(default_factory=lambda: np.zeros(2, np.int64))  # stories
     bytes: np.ndarray = field(default_factory=lambda: np.zeros(2, np.int64))  # of UTF-8, of the stories used
     least: np.ndarray = field(default_factory=lambda: np.full(2, _LAST, np.uint64))  # smallest second number
     low: int = _LAST  # smallest and largest first number
     high: int = 0
-    blank: int = 0  # stories of white space alone, which are left out
-    blocks: int = 0
+    blank: int = 0  # stories of white space alone
     characters: set = field(default_factory=set)  # of the stories used for training
+    places: list = field(default_factory=list)  # a block's stories, a byte each: 0 train, 1 val, 2 not used
 
-    def __add__(self, other):
-        return Survey(
-            self.stories + other.stories, self.kept + other.kept, self.bytes + other.bytes,
-            np.minimum(self.least, other.least), min(self.low, other.low), max(self.high, other.high),
-            self.blank + other.blank, self.blocks + other.blocks, self.characters | other.characters,
-        )
+    def add(self, other):
+        self.stories += other.stories
+        self.used += other.used
+        self.bytes += other.bytes
+        self.least = np.minimum(self.least, other.least)
+        self.low, self.high = min(self.low, other.low), max(self.high, other.high)
+        self.blank += other.blank
+        self.characters |= other.characters
+        self.places += other.places
 
 
 # One block, in a worker process
 
 
-def _assigned(block, choice):
-    """Where the stories of a block go that are not blank.
-
-    Returns the number of blank ones, lists of texts and of their UTF-8 bytes, and three arrays: (n,) the splits,
-    0 or 1; (n,) whether used; (n, 2) hashes.
-    """
-    everything = blocks.texts(block)
-    texts = everything
-    if block.kind != 'piece':
-        texts = [text for text in everything if text and not text.isspace()]
+def _survey(block, choice, with_characters):
+    """The Survey of one block, which decides where each of its stories goes."""
+    texts = blocks.texts(block)
     utf8 = [text.encode() for text in texts]
+    blank = np.array([not text or text.isspace() for text in texts], bool) & (block.kind != 'piece')
     hashes = np.zeros((len(texts), 2), np.uint64)
     if choice.hashed and texts:
         digests = [block.digest or blocks.new_hash(data).digest() for data in utf8]
@@ -109,73 +106,73 @@ def _assigned(block, choice):
         split = np.full(len(texts), _SPLITS.index(block.split))
     else:
         split = (hashes[:, 0] <= np.uint64(choice.val)).astype(int)
-    used = hashes[:, 1] <= np.array(choice.keep, np.uint64)[split]
-    return len(everything) - len(texts), texts, utf8, split, used, hashes
-
-
-def _survey(block, choice, with_characters):
-    """The Survey of one block."""
-    blank, texts, utf8, split, used, hashes = _assigned(block, choice)
-    sizes = np.fromiter(map(len, utf8), np.int64, len(utf8))
+    used = ~blank & (hashes[:, 1] <= np.array(choice.keep, np.uint64)[split])
+    places = np.where(used, split, 2).astype(np.uint8)
     characters = set()
     if with_characters:  # as set(text) gives them, in a tenth of the time
-        data = b''.join(itertools.compress(utf8, used & (split == 0)))
-        common = {byte for byte in data[:4096] if byte < 128}
+        data = b''.join(itertools.compress(utf8, places == 0))
+        common = {byte for byte in set(data[:4096]) if byte < 128}
         characters = {*map(chr, common), *data.translate(None, delete=bytes(common)).decode()}
+    sizes = np.fromiter(map(len, utf8), np.int64, len(utf8))
     return Survey(
-        stories=np.bincount(split, minlength=2) * block.starts,
-        kept=np.bincount(split[used], minlength=2) * block.starts,
-        bytes=np.array([sizes[used & (split == i)].sum() for i in (0, 1)]),
-        least=np.array([hashes[split == i, 1].min(initial=_LAST) for i in (0, 1)]),
-        low=int(hashes[:, 0].min(initial=_LAST)),
-        high=int(hashes[:, 0].max(initial=0)),
-        blank=blank,
-        blocks=1,
+        stories=np.bincount(split[~blank], minlength=2) * block.starts,
+        used=np.bincount(split[used], minlength=2) * block.starts,
+        bytes=np.array([sizes[places == i].sum() for i in (0, 1)]),
+        least=np.array([hashes[~blank & (split == i), 1].min(initial=_LAST) for i in (0, 1)]),
+        low=int(hashes[~blank, 0].min(initial=_LAST)),
+        high=int(hashes[~blank, 0].max(initial=0)),
+        blank=int(blank.sum()),
         characters=characters,
+        places=[places.tobytes()],
     )
 
 
-def _sample(block, choice, bound, seed):
-    """The texts of a block that bpe learns from: of those used for training, the ones of low seeded hash."""
-    _, texts, utf8, split, used, _ = _assigned(block, choice)
-    key = str(seed).encode()[:blake2b.MAX_KEY_SIZE]
+def _used(block, places):
+    """The texts of a block that are used: a list for training, a list for validation."""
+    texts, places = blocks.texts(block), np.frombuffer(places, np.uint8)
+    return [list(itertools.compress(texts, places == split)) for split in (0, 1)]
+
+
+def _sample(item, bound, seed):
+    """The texts of an item (block, places) that bpe learns from: those for training of low seeded hash."""
+    key = str(seed).encode()
     return [
-        text for text, data in itertools.compress(zip(texts, utf8, strict=True), used & (split == 0))
-        if int.from_bytes(blake2b(data, digest_size=8, key=key).digest(), 'little') <= bound
+        text for text in _used(*item)[0]
+        if int.from_bytes(blake2b(text.encode(), digest_size=8, key=key).digest(), 'little') <= bound
     ]
 
 
-def _encode(block, choice, coder):
-    """The tokens of a block, two uint16 arrays: for training, for validation."""
-    _, texts, _, split, used, _ = _assigned(block, choice)
+def _encode(item, coder):
+    """The tokens of an item (block, places), two uint16 arrays: for training, for validation."""
+    starts = item[0].starts
+    train, val = _used(*item)
+    if sum(map(len, train + val)) < 10 * blocks.BLOCK:
+        tokens, lengths = coder.encode_pieces([(text, starts) for text in train + val])
+        return np.split(tokens, [lengths[:len(train)].sum()])
     tokens = []
-    for i in 0, 1:
-        pieces = [
-            (piece, block.starts and n == 0)
-            for text in itertools.compress(texts, used & (split == i))
-            for n, piece in enumerate(cut(text, blocks.BLOCK))
-        ]
-        size = sum(len(piece) for piece, _ in pieces)
-        step = 1 if size > 4 * blocks.BLOCK else len(pieces) or 1  # long texts one by one, to bound the memory
-        parts = [coder.encode_pieces(pieces[j:j + step])[0] for j in range(0, len(pieces), step)]
-        tokens.append(np.concatenate(parts) if parts else np.zeros(0, np.uint16))
-    return tokens
+    for texts in train, val:  # long ones, in pieces one by one, to bound the memory
+        pieces = ((n == 0, piece) for text in texts for n, piece in enumerate(cut(text, blocks.BLOCK)))
+        tokens.append([coder.encode_pieces([(piece, starts and first)])[0] for first, piece in pieces])
+    return [np.concatenate(parts or [np.zeros(0, np.uint16)]) for parts in tokens]
 
 
 # All blocks
 
 
-def _each(function, stories, total=None):
-    """Yields function(block) for each block of a Source, in order, behind a progress bar."""
+def _each(function, stories, survey=None):
+    """Yields function(block) for each block of a Source, in order; after a survey, of (block, places)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    if encoding_type == 'char' and not tokenizer and cores < 4:
+        cores = 1  # characters are encoded sooner than two workers' tokens have come back
     processes = 1 if stories.size < _POOL_BYTES else num_proc or cores
-    name = function.func.__name__.strip('_')
-    bar = tqdm(stories.blocks(), name, total, unit=' blocks', disable=None)  # None: if stderr is no terminal
+    items = zip(stories.blocks(), survey.places, strict=True) if survey else stories.blocks()
+    name, total = function.func.__name__.strip('_'), len(survey.places) if survey else None
+    bar = tqdm(items, name, total, unit=' blocks', disable=None)  # None: where stderr is no terminal
     return in_order(function, bar, processes)
 
 
 def choose(stories, with_characters):
-    """The first pass over a Source: a Choice that leaves stories in both splits, and its Survey."""
+    """The first pass over a Source: a Survey with stories in both splits. UserError if there is none."""
 
     def bound(percentage):
         return min(_LAST, round(percentage / 100 * 2**64))
@@ -183,8 +180,10 @@ def choose(stories, with_characters):
     hashed = not stories.has_val or data_percentage < 100
     choice = Choice(bound(val_percentage), (bound(data_percentage),) * 2, hashed)
     while True:
+        survey = Survey()
         work = functools.partial(_survey, choice=choice, with_characters=with_characters)
-        survey = sum(_each(work, stories), Survey())
+        for part in _each(work, stories):
+            survey.add(part)
         if not survey.stories.any():
             raise UserError(f'{source} holds no stories, and {survey.blank:,} blank ones')
         empty = [split for split, n in zip(_SPLITS, survey.stories, strict=True) if not n]
@@ -194,39 +193,38 @@ def choose(stories, with_characters):
             raise UserError(f'{source} holds only one story, and training and validation need one each')
         if empty:  # there are few: hold out the one with the smallest hash, or all but that with the largest
             choice = replace(choice, val=survey.low if empty == ['val'] else survey.high - 1)
-        elif not survey.kept.all():
-            keep = np.where(survey.kept, np.array(choice.keep, np.uint64), survey.least)
+        elif not survey.used.all():
+            keep = np.where(survey.used, np.array(choice.keep, np.uint64), survey.least)
             choice = replace(choice, keep=tuple(map(int, keep)))
         else:
-            return choice, survey
+            return survey
 
 
-def learn(stories, choice, survey):
+def learn(stories, survey):
     """The tokenizer that `encoding_type` asks for, learned from the stories used for training."""
     if encoding_type == 'char':
         return CharTokenizer.train(survey.characters)
     bound = min(_LAST, _LAST * _LEARN_BYTES // int(survey.bytes[0]))
-    work = functools.partial(_sample, choice=choice, bound=bound, seed=seed)
     texts, size = [], 0
-    for text in itertools.chain.from_iterable(_each(work, stories, survey.blocks)):
+    samples = _each(functools.partial(_sample, bound=bound, seed=seed), stories, survey)
+    for text in itertools.chain.from_iterable(samples):
         size += len(text.encode())
         if size <= _LEARN_BYTES:
             texts.append(text)
     return BPETokenizer.train(texts, vocab_size)
 
 
-def encode(stories, choice, survey, coder, folder):
+def encode(stories, survey, coder, folder):
     """The last pass: writes the shards into `folder`. Returns the entry `splits` of meta.json."""
     writers = [ShardWriter(folder, split) for split in _SPLITS]
-    work = functools.partial(_encode, choice=choice, coder=coder)
-    for tokens in _each(work, stories, survey.blocks):
+    for tokens in _each(functools.partial(_encode, coder=coder), stories, survey):
         for writer, part in zip(writers, tokens, strict=True):
             writer.write(part)
     splits = {}
     for i, split in enumerate(_SPLITS):
         shards = writers[i].close()
         splits[split] = {
-            'stories': int(survey.kept[i]), 'tokens': sum(shard['tokens'] for shard in shards),
+            'stories': int(survey.used[i]), 'tokens': sum(shard['tokens'] for shard in shards),
             'bytes': int(survey.bytes[i]), 'shards': shards,
         }
     return splits
@@ -299,9 +297,9 @@ def main():
     stories = open_source(source, functools.partial(sample_stories.stories, _SAMPLE_STORIES, seed), offline)
     stories = document(stories, data_percentage)
     with staging(folder) as new:
-        choice, survey = choose(stories, with_characters=coder is None and encoding_type == 'char')
-        coder = coder or learn(stories, choice, survey)
-        splits = encode(stories, choice, survey, coder, new)
+        survey = choose(stories, with_characters=coder is None and encoding_type == 'char')
+        coder = coder or learn(stories, survey)
+        splits = encode(stories, survey, coder, new)
         coder.save(new)
         meta = {
             'encoding': coder.encoding, 'vocab_size': coder.vocab_size,
@@ -313,7 +311,7 @@ def main():
 
     seconds = time.perf_counter() - started
     size, tokens = sum(survey.bytes), sum(split['tokens'] for split in splits.values())
-    train, val = survey.kept
+    train, val = survey.used
     print(f'stories: {train:,} for training, {val:,} for validation, {survey.blank:,} blank ones skipped')
     if stories.left_out:
         print(f'left out, as a test split: {", ".join(stories.left_out)}')
