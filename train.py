@@ -92,6 +92,8 @@ def check_settings(world_size):
     for name in 'beta1', 'beta2':
         if not 0 <= globals()[name] < 1:
             raise SettingError(f'{name} is {globals()[name]}; it must be at least 0 and below 1')
+    if init_from not in ('scratch', 'resume'):
+        raise SettingError(f'init_from is {init_from!r}, not scratch or resume')
     if optimizer not in ('muon', 'adamw'):
         raise SettingError(f'optimizer is {optimizer!r}, not muon or adamw')
     if compile not in ('auto', 'True', 'False'):

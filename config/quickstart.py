@@ -13,8 +13,8 @@ n_head = 4
 n_embd = 128
 
 batch_size = 8
-max_iters = 1600
+max_iters = 1500
 warmup_iters = 20
 learning_rate = 0.01
-eval_interval = 400
+eval_interval = 375
 log_interval = 50

@@ -20,7 +20,7 @@ TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=64', '--batch_
 
 def script(*words, cwd=ROOT, status=0):
     """Run a script as a user does; returns the finished process."""
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=cwd, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=120)
     assert done.returncode == status, done.stderr
     return done
 

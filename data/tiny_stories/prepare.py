@@ -35,10 +35,10 @@ from data.tokenizer import BPETokenizer, CharTokenizer, GPT2Tokenizer, cut, open
 from data.workers import in_order
 
 source = 'roneneldan/TinyStories'  # user/name on the hub, a local file or folder, or sample (built in)
-encoding_type = 'char'  # char, bpe or gpt2
-# 4096 and not 30,000: at 288 wide, 30,000 rows of the embedding are 8.6M parameters, more than all layers of
+encoding_type = 'auto'  # char, bpe or gpt2; auto: bpe for the built-in corpus, char for all others
+# 4096 and not 30,000: at 288 wide, 30,000 rows of the embedding are 8.6M parameters, more than all the layers of
 # a 15M model; and the few words of these stories are nearly all whole tokens in 4096 rows already.
-vocab_size = 4096  # of bpe, the two infilling tokens counted
+vocab_size = 0  # of bpe, the two infilling tokens counted; 0: 4096, and 1536 for the built-in corpus
 tokenizer = ''  # use this one: a checkpoint, a prepared folder, a .model, a folder with GPT-2's vocabulary
 data_percentage = 100.0  # of the stories to use; a smaller share is part of a larger one
 val_percentage = 1.0  # of the stories to hold out for validation, where the source has no validation split
@@ -162,7 +162,7 @@ def _encode(item, coder):
 def _each(function, stories, survey=None):
     """Yields function(block) for each block of a Source, in order; after a survey, of (block, places)."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    if encoding_type == 'char' and not tokenizer and cores < 4:
+    if encoding() == 'char' and not tokenizer and cores < 4:
         cores = 1  # characters are encoded sooner than two workers' tokens have come back
     processes = 1 if stories.size < _POOL_BYTES else num_proc or cores
     items = zip(stories.blocks(), survey.places, strict=True) if survey else stories.blocks()
@@ -202,7 +202,7 @@ def choose(stories, with_characters):
 
 def learn(stories, survey):
     """The tokenizer that `encoding_type` asks for, learned from the stories used for training."""
-    if encoding_type == 'char':
+    if encoding() == 'char':
         return CharTokenizer.train(survey.characters)
     bound = min(_LAST, _LAST * _LEARN_BYTES // int(survey.bytes[0]))
     texts, size = [], 0
@@ -211,7 +211,7 @@ def learn(stories, survey):
         size += len(text.encode())
         if size <= _LEARN_BYTES:
             texts.append(text)
-    return BPETokenizer.train(texts, vocab_size)
+    return BPETokenizer.train(texts, vocab_size or (1536 if source == 'sample' else 4096))
 
 
 def encode(stories, survey, coder, folder):
@@ -265,11 +265,11 @@ def install(new, folder):
 
 def check_settings():
     """Raises SettingError for a setting that cannot be."""
-    if encoding_type not in ('char', 'bpe', 'gpt2'):
-        raise SettingError(f'encoding_type {encoding_type!r}: type char, bpe or gpt2')
-    if vocab_size != 4096 and (encoding_type != 'bpe' or tokenizer):
+    if encoding_type not in ('auto', 'char', 'bpe', 'gpt2'):
+        raise SettingError(f'encoding_type {encoding_type!r}: type auto, char, bpe or gpt2')
+    if vocab_size and (encoding() != 'bpe' or tokenizer):
         raise SettingError('vocab_size is for a new bpe tokenizer: type --encoding_type bpe, no --tokenizer')
-    if not 0 < vocab_size <= 2**16:
+    if not 0 <= vocab_size <= 2**16:
         raise SettingError(f'vocab_size {vocab_size}: type at most {2**16}, as tokens are stored in 16 bits')
     if not 0 < data_percentage <= 100:
         raise SettingError(f'data_percentage {data_percentage}: type a number above 0, at most 100')
@@ -279,12 +279,19 @@ def check_settings():
         raise SettingError(f'num_proc {num_proc}: type the number of processes, or 0 for one a core')
 
 
+def encoding():
+    """What `encoding_type` means: with bpe the little model of the quickstart learns whose story it tells."""
+    if encoding_type != 'auto':
+        return encoding_type
+    return 'bpe' if source == 'sample' else 'char'
+
+
 def given_tokenizer():
     """The tokenizer that the settings name; None where one is to be learned."""
     if not tokenizer:
-        return GPT2Tokenizer.load(offline) if encoding_type == 'gpt2' else None
+        return GPT2Tokenizer.load(offline) if encoding() == 'gpt2' else None
     given = open_tokenizer(tokenizer)
-    if encoding_type not in ('char', given.encoding):  # char is also the default, and means nothing here
+    if encoding_type not in ('auto', given.encoding):
         raise SettingError(f'{tokenizer} is {given.encoding}: leave out --encoding_type {encoding_type}')
     return given
 
@@ -297,7 +304,7 @@ def main():
     stories = open_source(source, functools.partial(sample_stories.stories, _SAMPLE_STORIES, seed), offline)
     stories = document(stories, data_percentage)
     with staging(folder) as new:
-        survey = choose(stories, with_characters=coder is None and encoding_type == 'char')
+        survey = choose(stories, with_characters=coder is None and encoding() == 'char')
         coder = coder or learn(stories, survey)
         splits = encode(stories, survey, coder, new)
         coder.save(new)

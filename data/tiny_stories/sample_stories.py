@@ -70,14 +70,14 @@ PLOTS = {
 [Then {name} [remembered something|thought for a moment]. "I played {spot} yesterday!" {he} said.
 They [ran|went] outside and looked {spot}.
 There was the {item}, [a little wet|with a leaf on top|safe and sound]! {name} {glad}.
-[From that day on|After that], {he} always took the {thing} home [in the evening|before dinner].
+[From that day on|After that], {he} always took the {item} home [in the evening|before dinner].
 |[Then they heard a happy laugh.|Then they heard a little voice.]
 {name}'s baby {fsibling} sat [on the floor|on a blanket] and [held|hugged] the {item}.
 "{Fhe} likes it too," said {Parent}. {name} [smiled|was not angry].
-From that day on, {name} and {his} baby {fsibling} [shared|both played with] the {thing}.
+From that day on, {name} and {his} baby {fsibling} [shared|both played with] the {item}.
 |Just then, {friend} from the next house came [to the door|in]. "Is this your {item}?
 I found it {spot}," {fhe} said. {name} {glad}. "[Thank you|Thank you so much], {friend}!" {he} said.
-Then {name} and {friend} played with the {thing} [all day|until dinner] and became good friends.]
+Then {name} and {friend} played with the {item} [all day|until dinner] and became good friends.]
 """),
     'sharing': (BOTH, {'item': TOYS}, """
 {once} who had a new {thing}.
@@ -96,7 +96,7 @@ Soon the {item} was clean again. "I am sorry too, {friend}. You can play first,"
 
 {friend} [smiled|was happy again].
 They [took turns|played and laughed] until [the sun went down|it was time for dinner].
-[That day, {name} learned|Now {name} knew] that {his} {thing} was [more|much more] fun with a friend.
+[That day, {name} learned|Now {name} knew] that {his} {item} was [more|much more] fun with a friend.
 """),
     'the dark': (BOTH, {'item': 'toy cat|toy dog|toy duck|doll|toy lamb', 'sign truth': [
         'saw a big shadow on the wall / a coat on a chair',
@@ -115,7 +115,7 @@ One night, {name} {sign}. [{His} heart beat fast.|{He} began to shake.]
 {name} [had to laugh|laughed out loud|felt much better].
 
 "[The dark can play tricks on us|Things look strange in the dark]," said {Parent}.
-"[Sleep well|Good night], {name}." {name} went back to bed with {his} {thing}.
+"[Sleep well|Good night], {name}." {name} went back to bed with {his} {item}.
 [The room was still dark, but {he} smiled.|{He} closed {his} eyes and smiled.]
 From that night on, {name} was not afraid of the dark [anymore|any longer].
 """),
@@ -214,8 +214,8 @@ Then {name} heard a cry. {friend} had fallen, and {fhis} [foot|leg|knee] hurt.
 "You are [more important|worth more to me] than a {item}."
 
 {name} and {friend} walked to the end [together|side by side] and came in last.
-"You have [the kindest|the best] heart of all, {name}," said the {judge}, and {name} got a {thing} too.
-{name} [was proud of|loved] the {thing}, but most of all {he} was happy that {he} had helped {friend}.
+"You have [the kindest|the best] heart of all, {name}," said the {judge}, and {name} got a {item} too.
+{name} [was proud of|loved] the {item}, but most of all {he} was happy that {he} had helped {friend}.
 """),
     'present': (BOTH, {'item': 'hat|scarf|cup|teapot', 'gift make use': [
         'picture / painted a yellow sun over a little house / hung the picture on the wall',
@@ -252,7 +252,7 @@ It [stopped right in front of {friend}|came to a stop at {friend}'s feet].
 "[Yes, please|Yes, let's play|I would love to]!" said {friend}.
 
 They played with the {item} until [the sun went down|it was time to go home].
-{name} went home with {his} {thing} and a big smile, because now {he} had [a friend|someone to play with].
+{name} went home with {his} {item} and a big smile, because now {he} had [a friend|someone to play with].
 """),
     'garden': (BOTH, {'parent': 'grandma|grandpa', 'item big use': [
         'sunflower / taller than {name} / sat under the sunflower',
@@ -296,7 +296,7 @@ When they came back, a goat stood beside it. "Oh no! The goat ate all the {food}
 
 {friend} gave {name} half of the {rest}. They [were sweet and good|tasted very good].
 "Thank you, {friend}!" said {name}.
-The {thing} was empty, but {name} and {friend} [had a wonderful picnic|had the best picnic ever].
+The {item} was empty, but {name} and {friend} [had a wonderful picnic|had the best picnic ever].
 """),
     'kite in a tree': (CHILD, {
         'item': 'kite',
@@ -317,7 +317,7 @@ The bird pulled at the string with its beak, [again and again|as hard as it coul
 At last the kite [came free|fell down].]
 
 "Thank you, thank you!" said {name}. [The kite was not broken at all.|The kite had only a tiny hole.]
-{name} ran [to the open field|far away from the trees], and the {thing} [flew high|danced] in the sky again.
+{name} ran [to the open field|far away from the trees], and the {item} [flew high|danced] in the sky again.
 """),
     'too proud': (BOTH, {'item mishap rescue': [
         "hat / the wind blew {name}'s hat into a pond / jumped into the water and brought it back",
@@ -336,7 +336,7 @@ Just then, {mishap}. "[Help|Oh no], my {item}!" cried {name}.
 {name} [felt bad|was ashamed]. "You helped me, but I was mean to you.
 [I am sorry|Please forgive me], {friend}," {he} said. "[It is all right|I forgive you].
 Let's be friends," said {friend}.
-From that day on, {name} still [wore|liked] {his} {thing}, but {he} never laughed at [anyone|others] again.
+From that day on, {name} still [wore|liked] {his} {item}, but {he} never laughed at [anyone|others] again.
 """),
     'secret party': (BOTH, {'item': TOYS}, """
 {once} who wanted a {thing} for {his} birthday.
@@ -350,9 +350,9 @@ In the evening, {name} [walked home slowly|went home alone]. The house was dark.
 "Surprise!" shouted all {his} friends. "[We did not forget you|We knew what day it was], {name}.
 It was a secret!" said {friend}.
 
-{friend} gave {name} a big box. Inside was a {thing}! {name} {glad}.
+{friend} gave {name} a big box. Inside was a {item}! {name} {glad}.
 "[It is just what I wanted|This is what I dreamed of]!" {he} said.
-That night, {name} put the {thing} next to {his} bed and [smiled|fell asleep with a smile].
+That night, {name} put the {item} next to {his} bed and [smiled|fell asleep with a smile].
 """),
     'sick friend': (BOTH, {
         'item': 'balloon|flower|book|pillow|blanket',
@@ -385,7 +385,7 @@ Now the snowman looked [happy|just right].
 
 But then the days got warm, and the snowman [got smaller and smaller|melted away]. Only the {item} was left.
 {name} {sad}. "[Don't be sad|Don't worry], {name}. We will build another one," said {friend}.
-{name} [picked up|took home] the {thing} and kept it [safe|in a box] for the next snowman.
+{name} [picked up|took home] the {item} and kept it [safe|in a box] for the next snowman.
 """),
     'the way home': (ANIMAL, {'item': 'flower|feather|stone', 'guide sound': [
         'an old owl / I can see in the dark', 'a firefly / I have a little light',
@@ -395,7 +395,7 @@ But then the days got warm, and the snowman [got smaller and smaller|melted away
 "[Don't go too far|Stay near the house], {name}," said {Parent}.
 
 {name} went [deep|far] into the forest.
-At last, {he} saw a {thing} [beside a stream|in the grass|near an old tree]. {He} {glad}.
+At last, {he} saw a {item} [beside a stream|in the grass|near an old tree]. {He} {glad}.
 But when {he} looked around, {he} did not know the way home.
 {name} [held the {item} and cried|sat down with the {item} and cried].
 
@@ -404,7 +404,7 @@ Then {guide} came by. "[Why do you cry|What is the matter], little {kind}?" it a
 
 {His} {parent} [held {him} tight|gave {him} a big hug]. "[I am so sorry|I will never go so far again].
 But look what I found," said {name}.
-{Parent} put the {thing} [in the window|on the table], and {name} was [happy|glad] to be home.
+{Parent} put the {item} [in the window|on the table], and {name} was [happy|glad] to be home.
 """),
     'hat and nest': (BOTH, {
         'item': 'hat|cap',
@@ -423,7 +423,7 @@ This is my nest now," it said. {name} [thought about it|looked at the eggs].
 "You can keep my {item}," {he} said.
 
 "[That was very kind|You did the right thing], {name}," said {Parent} and made {him} a new {item}.
-Soon, three baby birds [looked out of|sang in] the {thing} in the tree,
+Soon, three baby birds [looked out of|sang in] the {item} in the tree,
 and {name} [waved to them|smiled at them] every day.
 """),
     'the moon': (BOTH, {
@@ -441,7 +441,7 @@ Come with me," {fhe} said. They went to the [pond|well], and {friend} filled a {
 "[Look into the {item}|Look inside]," {fhe} said. {name} looked.
 There was the moon, [round and bright|small and bright], in the {item}! {He} {glad}.
 
-{name} put {his} {hand}s around the {thing}.
+{name} put {his} {hand}s around the {item}.
 "Now I can hold the moon, {friend}," {he} said, "and you can [hold it too|hold it with me]."
 """),
     'too small': (ANIMAL, {
@@ -460,7 +460,7 @@ It was very dark.
 At last, {he} found the {item} and [brought it back|gave it back] to {friend}.
 
 "[Thank you|You did it], {name}! [I could not do that|Nobody else could do that]," said {friend}.
-"You are just the right size!" {friend} had the {thing} back, and {name} did not want to be big anymore.
+"You are just the right size!" {friend} had the {item} back, and {name} did not want to be big anymore.
 """),
 }
 
