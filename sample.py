@@ -17,6 +17,7 @@ from device import choose_device, choose_dtype
 
 out_dir = 'out-tiny-stories'  # folder of the checkpoint
 ckpt = 'best'  # best (lowest validation loss) or last
+init_from = ''  # a published model in its place: a Hugging Face folder, or llama2.c's .bin with its tokenizer
 start = ''  # how every story begins: text, or FILE:path
 num_samples = 3  # stories, written side by side as one batch
 max_new_tokens = 1000  # longest continuation; most stories end before
@@ -75,7 +76,14 @@ def write_stories(model, tokenizer, prompt, stream):
 def main():
     check_settings()
     place = choose_device(device)
-    checkpoint = load_checkpoint(Path(out_dir) / {'best': 'best.pt', 'last': 'ckpt.pt'}[ckpt])
+    if init_from:
+        from formats import open_model
+
+        checkpoint = open_model(init_from)
+    else:
+        checkpoint = load_checkpoint(Path(out_dir) / {'best': 'best.pt', 'last': 'ckpt.pt'}[ckpt])
+    if not checkpoint['tokenizer']:
+        raise UserError(f'{init_from} has no tokenizer beside it: put the one there that it was trained with')
     tokenizer = tokenizer_from_state(checkpoint['tokenizer'])
     model = load_model(checkpoint, place).to(choose_dtype(dtype, place))
     prompt = read_start()
