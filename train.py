@@ -28,12 +28,13 @@ from data.shards import Batches, Split, fingerprint
 from data.tokenizer import load_tokenizer
 from device import autocast, choose_device, choose_dtype, peak_flops
 from evaluate import evaluate
+from formats import open_model
 from model import GPT, GPTConfig
 
 # what to read and write
 dataset = 'tiny_stories'  # a folder under data/, or any path to a prepared folder
 out_dir = 'out-tiny-stories'  # where checkpoints, metrics.jsonl and loss.png go
-init_from = 'scratch'  # scratch, or resume: go on with the run in out_dir
+init_from = 'scratch'  # scratch; resume: go on with the run in out_dir; or the path of a model to tune
 overwrite = False  # start anew in an out_dir that holds another run, which is lost
 # the model; GPTConfig in model.py explains
 block_size = 256  # context, in tokens
@@ -78,6 +79,8 @@ def checkpoint_settings(settings):
     if settings['init_from'] == 'resume':
         saved = load_checkpoint(Path(settings['out_dir']) / 'ckpt.pt')['settings']
         return {name: value for name, value in saved.items() if name not in ('out_dir', 'init_from', 'overwrite')}
+    if settings['init_from'] != 'scratch':
+        return open_model(settings['init_from'])['config']
     return {}
 
 
@@ -92,8 +95,6 @@ def check_settings(world_size):
     for name in 'beta1', 'beta2':
         if not 0 <= globals()[name] < 1:
             raise SettingError(f'{name} is {globals()[name]}; it must be at least 0 and below 1')
-    if init_from not in ('scratch', 'resume'):
-        raise SettingError(f'init_from is {init_from!r}, not scratch or resume')
     if optimizer not in ('muon', 'adamw'):
         raise SettingError(f'optimizer is {optimizer!r}, not muon or adamw')
     if compile not in ('auto', 'True', 'False'):
@@ -216,6 +217,20 @@ def seconds(t):
     return f'{t / 3600:.1f} h' if t >= 5400 else f'{t / 60:.0f} min' if t >= 90 else f'{t:.0f} s'
 
 
+def load_published(model, tokenizer):
+    """Put the weights of the model at `init_from` into `model`. Raises UserError where they do not suit."""
+    published = open_model(init_from)
+    if published['tokenizer'] and published['tokenizer'] != tokenizer.state():
+        raise UserError(f'{dataset} was prepared with another tokenizer than {init_from} has: prepare it with '
+                        f'--tokenizer {init_from}')
+    for name, theirs in published['config'].items():
+        ours = getattr(model.config, name)
+        shorter = name == 'block_size' and ours < theirs and model.config.position != 'learned'
+        if ours != theirs and name != 'dropout' and not shorter:
+            raise SettingError(f'{name} is {ours}, but {init_from} has {theirs}: leave it out')
+    model.load_state_dict(published['model'])
+
+
 def check_same_run(checkpoint, config, data):
     """Refuse to go on with another model or other data than the run had. Raises SettingError."""
     for name, before in checkpoint['config'].items():
@@ -261,7 +276,7 @@ def main():
 
     # the model, its optimizers, and where a run to go on with stands
     out = Path(out_dir)
-    if init_from == 'scratch' and not overwrite and (out / 'ckpt.pt').exists():
+    if init_from != 'resume' and not overwrite and (out / 'ckpt.pt').exists():
         raise SettingError(f'{out} holds another run: go on with it (--init_from resume), replace it (--overwrite), '
                            'or name another folder (--out_dir)')
     torch.manual_seed(seed)
@@ -269,6 +284,8 @@ def main():
     optimizers = make_optimizers(model)
     scaler = torch.amp.GradScaler(place.type, enabled=precision == torch.float16)
     it, best_val_loss = 0, math.inf
+    if init_from not in ('scratch', 'resume'):
+        load_published(model, tokenizer)
     if init_from == 'resume':
         checkpoint = load_checkpoint(out / 'ckpt.pt')
         check_same_run(checkpoint, model.config, fingerprint(train_split.meta))
@@ -298,7 +315,7 @@ def main():
     caught = watch_signals()
     if master:
         out.mkdir(parents=True, exist_ok=True)
-        if init_from == 'scratch':
+        if init_from != 'resume':
             for name in 'ckpt.pt', 'best.pt', 'metrics.jsonl', 'loss.png':
                 (out / name).unlink(missing_ok=True)
         keep_metrics(out / 'metrics.jsonl', it)

@@ -170,7 +170,7 @@ def test_mistakes_in_sampling_are_one_line(run, words, status, named):
 @pytest.mark.parametrize('words, status, named', [
     (['--n_embd', '30', '--n_head', '4'], 2, 'n_head'), (['--batch_size', '0'], 2, 'batch_size'),
     (['--optimizer', 'sgd'], 2, 'muon or adamw'), (['--dtype', 'int8'], 2, 'float32, bfloat16'),
-    (['--init_from', 'resume'], 1, 'train first'), (['--init_from', 'gpt3'], 2, 'scratch'),
+    (['--init_from', 'resume'], 1, 'train first'), (['--init_from', 'gpt3'], 1, 'no model to begin with'),
     (['--dataset', 'nowhere'], 1, 'prepare.py'), (['--block_size', '100000'], 1, 'fewer than one window'),
     (['--compile', 'yes'], 2, 'compile'), (['--device', 'tpu'], 2, 'tpu'),
 ])
@@ -195,3 +195,17 @@ def test_configs_are_readable_and_their_models_as_large_as_they_say():
     script('train.py', 'config/quickstart.py', '--help')
     for path in sorted((ROOT / 'config').iterdir()):
         script('train.py', '--dataset', 'nowhere', path, status=1)
+
+
+def test_a_model_is_tuned_from_where_it_stands(run, tmp_path):
+    folder, _ = run
+    words = ['train.py', '--init_from', folder / 'out', '--out_dir', tmp_path / 'tuned', '--max_iters=2', '--device=cpu',
+             '--dtype=float32', '--batch_size=4']
+    script(*words, '--dataset', folder / 'data')
+    best = min(line['val_loss'] for line in metrics(folder / 'out') if 'val_loss' in line)
+    assert metrics(tmp_path / 'tuned')[0]['val_loss'] == pytest.approx(best, rel=1e-6)
+    (tmp_path / 'stories.txt').write_text('Other letters: xyz.<|endoftext|>A story.<|endoftext|>' * 50)
+    script('data/tiny_stories/prepare.py', '--source', tmp_path / 'stories.txt', '--out_dir', tmp_path / 'data')
+    done = script(*words, '--dataset', tmp_path / 'data', '--overwrite', status=1)
+    assert f'--tokenizer {folder}/out' in done.stderr
+    assert 'n_layer is 3' in script(*words, '--dataset', folder / 'data', '--overwrite', '--n_layer=3', status=2).stderr

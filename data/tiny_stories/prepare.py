@@ -31,7 +31,7 @@ from data import blocks
 from data.shards import ShardWriter
 from data.sources import document, open_source
 from data.tiny_stories import sample_stories
-from data.tokenizer import BPETokenizer, CharTokenizer, GPT2Tokenizer, cut, open_tokenizer
+from data.tokenizer import BPETokenizer, CharTokenizer, GPT2Tokenizer, cut, open_tokenizer, tokenizer_from_state
 from data.workers import in_order
 
 source = 'roneneldan/TinyStories'  # user/name on the hub, a local file or folder, or sample (built in)
@@ -39,7 +39,7 @@ encoding_type = 'auto'  # char, bpe or gpt2; auto: bpe for the built-in corpus, 
 # 4096 and not 30,000: at 288 wide, 30,000 rows of the embedding are 8.6M parameters, more than all the layers of
 # a 15M model; and the few words of these stories are nearly all whole tokens in 4096 rows already.
 vocab_size = 0  # of bpe, the two infilling tokens counted; 0: 4096, and 1536 for the built-in corpus
-tokenizer = ''  # use this one: a checkpoint, a prepared folder, a .model, a folder with GPT-2's vocabulary
+tokenizer = ''  # of a checkpoint, a prepared folder, a .model, a folder with GPT-2's, a published model
 data_percentage = 100.0  # of the stories to use; a smaller share is part of a larger one
 val_percentage = 1.0  # of the stories to hold out for validation, where the source has no validation split
 out_dir = ''  # where the data goes; '' is the folder of this script
@@ -290,7 +290,12 @@ def given_tokenizer():
     """The tokenizer that the settings name; None where one is to be learned."""
     if not tokenizer:
         return GPT2Tokenizer.load(offline) if encoding() == 'gpt2' else None
-    given = open_tokenizer(tokenizer)
+    if tokenizer.endswith('.bin') or Path(tokenizer, 'config.json').is_file():
+        from formats import load_foreign  # imports torch
+
+        given = tokenizer_from_state(load_foreign(tokenizer)['tokenizer'], tokenizer)
+    else:
+        given = open_tokenizer(tokenizer)
     if encoding_type not in ('auto', given.encoding):
         raise SettingError(f'{tokenizer} is {given.encoding}: leave out --encoding_type {encoding_type}')
     return given
