@@ -77,7 +77,7 @@ There was the {item}, [a little wet|with a leaf on top|safe and sound]! {name} {
 From that day on, {name} and {his} baby {fsibling} [shared|both played with] the {item}.
 |Just then, {friend} from the next house came [to the door|in]. "Is this your {item}?
 I found it {spot}," {fhe} said. {name} {glad}. "[Thank you|Thank you so much], {friend}!" {he} said.
-Then {name} and {friend} played with the {item} [all day|until dinner] and became good friends.]
+Then {name} and {friend} played with the {item} [until dinner|in the garden] and became good friends.]
 """),
     'sharing': (BOTH, {'item': TOYS}, """
 {once} who had a new {thing}.
@@ -116,7 +116,7 @@ One night, {name} {sign}. [{His} heart beat fast.|{He} began to shake.]
 
 "[The dark can play tricks on us|Things look strange in the dark]," said {Parent}.
 "[Sleep well|Good night], {name}." {name} went back to bed with {his} {item}.
-[The room was still dark, but {he} smiled.|{He} closed {his} eyes and smiled.]
+[The room was dark again, but {he} smiled.|{He} closed {his} eyes and smiled.]
 From that night on, {name} was not afraid of the dark [anymore|any longer].
 """),
     'thunder': (BOTH, {'hide': 'under the table|behind the couch|in the corner|under a chair', 'act': [
@@ -142,7 +142,7 @@ but {he} [sat down beside {friend}|took {friend}'s {hand}|put {his} arm around {
     'new skill': (BOTH, {'skill fail advice done': [
         'ride a bike / The bike shook, and {name} fell / Keep your feet moving / {name} rode down the road',
         'swim / Water went up {his} nose / Kick your feet and breathe slowly / {name} swam across the pond',
-        'skate / {His} feet slid away, and {he} fell / Bend your knees / {name} skated around the pond',
+        'skate / {His} feet slid away, and {he} fell / Bend your knees / {name} skated around the icy pond',
         'jump rope / The rope hit {his} feet / Jump when the rope comes down / {name} jumped ten times',
         'whistle / Only air came out of {his} mouth / Make your mouth round / A clear sound came out',
         'fly a kite / The kite fell to the ground / Run into the wind / The kite went high up in the sky',
@@ -153,9 +153,9 @@ but {he} [sat down beside {friend}|took {friend}'s {hand}|put {his} arm around {
 {oneday}, {name} tried it. It was [hard|not easy]. {fail}. {He} tried again and again, but it did not work.
 "I will never learn to {skill}!" said {name}. {He} [{sad}|wanted to give up].
 
-{friend} [saw it and came over|sat down beside {him}].
+{friend} [saw it and came over|came to help {him}].
 "[It was hard for me too|I had to try many times too]," {fhe} said. "{advice}."
-{name} [stood up|took a deep breath] and tried once more.
+{name} [nodded|took a deep breath] and tried once more.
 [{He} did what {friend} had said.|This time it was different.]
 
 {done}! "[I did it|I can do it], {friend}!" {name} shouted. {friend} [clapped and cheered|jumped up and down].
@@ -166,9 +166,9 @@ but {he} [sat down beside {friend}|took {friend}'s {hand}|put {his} arm around {
         'hide': 'under {his} bed|behind the couch|in a box|under a blanket',
         'play played cause': [
             'play ball / played ball / {name} threw the ball too high, and it hit',
-            'run / ran / {name} ran around the table and bumped into',
-            'dance / danced / {name} turned around too fast and bumped into',
-            'jump / jumped / {name} jumped off the couch and bumped into',
+            'run / ran / {name} ran too fast and hit',
+            'dance / danced / {name} turned around too fast and hit',
+            'jump / jumped / {name} jumped too far and hit',
         ]}, """
 {once} who loved to {play} in the house. "Please {play} outside," {his} {parent} [often|always] said.
 
@@ -196,7 +196,7 @@ After that, {name} always told the truth, and {he} only {played} outside.
 {oneday}, {name} [saw|found] a little {pet} {spot}. {trouble}. [It looked very sad.|It shook with fear.]
 "[Poor little {pet}|Oh, you poor {pet}]! [Don't be afraid|I will help you]," said {name}.
 [Slowly|Carefully|Slowly and carefully], {help}.
-[The {pet} was safe now.|Now the {pet} was not afraid anymore.]
+[The {pet} was safe now|Now the {pet} felt better].
 
 {name} ran home and told {his} {parent} about the {pet}.
 "You have [a kind heart|a good heart], {name}," said {Parent}.
@@ -213,7 +213,7 @@ Then {name} heard a cry. {friend} had fallen, and {fhis} [foot|leg|knee] hurt.
 {name} [stopped|turned around] and ran back. "[Hold on to me|Take my {hand}|Lean on me], {friend}," {he} said.
 "You are [more important|worth more to me] than a {item}."
 
-{name} and {friend} walked to the end [together|side by side] and came in last.
+{name} and {friend} walked to the finish line [together|side by side] and came in last.
 "You have [the kindest|the best] heart of all, {name}," said the {judge}, and {name} got a {item} too.
 {name} [was proud of|loved] the {item}, but most of all {he} was happy that {he} had helped {friend}.
 """),
@@ -222,7 +222,7 @@ Then {name} heard a cry. {friend} had fallen, and {fhis} [foot|leg|knee] hurt.
         'card / cut a big heart out of red paper / put the card next to {phis} bed',
         'crown / tied pink and white flowers together / wore the crown all day',
         'bowl / made it out of clay and painted it blue / put the bowl on the table',
-        'paper bird / folded the paper again and again / put the paper bird in the window',
+        'paper bird / folded a piece of paper again and again / put the paper bird in the window',
     ]}, """
 {once} who wanted to give {his} {parent} a birthday present.
 
@@ -257,7 +257,7 @@ They played with the {item} until [the sun went down|it was time to go home].
     'garden': (BOTH, {'parent': 'grandma|grandpa', 'item big use': [
         'sunflower / taller than {name} / sat under the sunflower',
         'pumpkin / too big for {name} to carry / made soup from the pumpkin',
-        'rose bush / full of pink roses / smelled the sweet roses',
+        'bean plant / full of green beans / made soup from the beans',
         'tomato plant / full of red tomatoes / ate the sweet tomatoes',
         'melon / bigger than a ball / ate the sweet melon in the sun',
     ]}, """
@@ -265,10 +265,10 @@ They played with the {item} until [the sun went down|it was time to go home].
 {name} [put it in the ground|planted it in the garden] and gave it water.
 
 Every morning, {name} ran to [look|the garden]. But there was [nothing to see|only brown earth]. {name} {sad}.
-"[My seed does not want to grow|I will never have a {item}]! I will dig it up," {he} said.
-"[Wait|No, wait], {name}," said {his} {parent}. "[A seed needs time|Good things need time]."
+"[My seed does not want to grow! I will dig it up|I will never have a {item}! I will dig up the seed],"
+{he} said. "[Wait|No, wait], {name}," said {his} {parent}. "[A seed needs time|Good things need time]."
 
-So {name} waited and [sang to the seed|talked to the seed|gave the seed water] every day.
+So {name} waited and [sang to the seed|talked to the seed|watered the seed] every day.
 Then, after a [warm|soft] rain, {he} saw [a little green leaf|something small and green]. "It is growing!"
 shouted {name}.
 
@@ -278,7 +278,7 @@ shouted {name}.
     'picnic': (BOTH, {
         'item': 'basket',
         'food': 'bread|cake|buns|sandwiches|pancakes',
-        'rest': 'apples|nuts|pears|cookies|plums',
+        'rest': 'apples|berries|pears|cookies|plums',
         'spot': 'lake|hill|river|big tree',
     }, """
 {once} who wanted to have a picnic with {his} friend {friend}.
@@ -291,7 +291,8 @@ The {food} fell out on the way," said {name}. {He} {sad}. "[Look|Look back there
 The birds are having our picnic," said {friend} [and laughed|with a laugh].
 |They put the {item} down and [ran around in the grass|played tag].
 When they came back, a goat stood beside it. "Oh no! The goat ate all the {food}," said {name}. {He} {sad}.
-"[Look|Look at the goat]! It is so full that it can't walk," said {friend} [and laughed|with a laugh].]
+"[Look! The goat|Look at the goat! It] is so full that it can't walk," said {friend}
+[and laughed|with a laugh].]
 "[Don't be sad|Don't worry], {name}. I have some {rest}."
 
 {friend} gave {name} half of the {rest}. They [were sweet and good|tasted very good].
@@ -310,11 +311,12 @@ One windy day, {name} took the kite to the park. But then the kite [got stuck|wa
 
 [A {fkind} named {friend} [saw it|came by]. "[Don't cry|Don't be sad]. My dad has a long ladder," {fhe} said.
 Soon {fhis} dad [got the ladder|came with the ladder], climbed up, and brought {name}'s kite down.
-|A kind man [came by|stopped] with a long pole. "[Let me help you|Don't worry], {name}," he said.
-He pushed the {color} kite with the pole, this way and that way. At last it [came free|fell down].
+|A kind man from the next house [came by|came along] with a long pole. "[Let me help you|Don't worry],
+{name}," he said. He pushed the {color} kite with the pole, this way and that way.
+At last, it [came free|fell down].
 |A little gray bird sat near the {color} kite. "Little bird, can you help me?" asked {name}.
 The bird pulled at the string with its beak, [again and again|as hard as it could].
-At last the kite [came free|fell down].]
+At last, the kite [came free|fell down].]
 
 "Thank you, thank you!" said {name}. [The kite was not broken at all.|The kite had only a tiny hole.]
 {name} ran [to the open field|far away from the trees], and the {item} [flew high|danced] in the sky again.
@@ -323,7 +325,7 @@ At last the kite [came free|fell down].]
         "hat / the wind blew {name}'s hat into a pond / jumped into the water and brought it back",
         "scarf / {name}'s scarf got stuck in a bush, and {he} could not move / pulled it out of the bush",
         'coat / {name} fell into the mud in {his} new coat / pulled {him} out and cleaned the coat',
-        "cap / the wind blew {name}'s cap up into a tree / climbed up and brought it down",
+        "cap / the wind blew {name}'s cap up into a tree / got it down with a long stick",
     ]}, """
 {once} who had a new {thing}. {name} was [very|too] proud of it.
 "[Nobody has a {item} like mine|My {item} is the best of all]," {he} [told|said to] everyone.
@@ -348,15 +350,16 @@ On the morning of {his} birthday, nobody said, "Happy birthday!" {name} went to 
 
 In the evening, {name} [walked home slowly|went home alone]. The house was dark. {He} opened the door.
 "Surprise!" shouted all {his} friends. "[We did not forget you|We knew what day it was], {name}.
-It was a secret!" said {friend}.
+The party was a secret!" said {friend}.
 
-{friend} gave {name} a big box. Inside was a {item}! {name} {glad}.
+{friend} gave {name} a big box. Inside was the {item}! {name} {glad}.
 "[It is just what I wanted|This is what I dreamed of]!" {he} said.
-That night, {name} put the {item} next to {his} bed and [smiled|fell asleep with a smile].
+That night, {name} put the {item} next to {his} bed
+and [looked at it again and again|fell asleep with a smile].
 """),
     'sick friend': (BOTH, {
-        'item': 'balloon|flower|book|pillow|blanket',
-        'game': 'splash in the pond|play hide and seek|run down the hill|climb trees',
+        'item': 'balloon|toy cat|book|pillow|blanket',
+        'game': 'splash in the pond|play hide and seek|run down the hill|play ball',
     }, """
 {once} who had a good friend named {friend}. Every day, {name} and {friend} went out to {game}.
 
@@ -376,30 +379,32 @@ Then {name} and {friend} went out to {game}, just like before.
 {once} who wanted to build a snowman.
 [Every day|All winter], {name} looked out of the window and waited for snow.
 
-One [cold|winter] morning, everything was white. {name} put on {his} {thing} and ran to {friend}'s house.
-"[Come out|Come quickly], {friend}! Let's build a snowman!" {he} shouted.
+One [cold|winter] morning, everything was white. {name} put on {his} {thing}
+and ran to {his} friend {friend}'s house. "[Come out|Come quickly], {friend}!
+Let's build a snowman!" {he} shouted.
 They rolled [three big balls|big balls] of snow, and {friend} brought a carrot for the nose.
 
 "The snowman looks [cold|a little sad]," said {friend}. "[You can have|Take] my {item}, snowman," said {name}.
 Now the snowman looked [happy|just right].
 
-But then the days got warm, and the snowman [got smaller and smaller|melted away]. Only the {item} was left.
-{name} {sad}. "[Don't be sad|Don't worry], {name}. We will build another one," said {friend}.
+But then the days got warm, and the snowman [got smaller and smaller|melted away].
+Only the {item} and the carrot were left. {name} {sad}.
+"[Don't be sad|Don't worry], {name}. We will build another one," said {friend}.
 {name} [picked up|took home] the {item} and kept it [safe|in a box] for the next snowman.
 """),
     'the way home': (ANIMAL, {'item': 'flower|feather|stone', 'guide sound': [
         'an old owl / I can see in the dark', 'a firefly / I have a little light',
-        'a deer / I know every path', 'a blue bird / I can see your house from up here',
+        'a deer / I know every path', 'a bat / I fly here every night',
     ]}, """
 {once} who wanted to find a {thing} for {his} {parent}.
 "[Don't go too far|Stay near the house], {name}," said {Parent}.
 
 {name} went [deep|far] into the forest.
-At last, {he} saw a {item} [beside a stream|in the grass|near an old tree]. {He} {glad}.
-But when {he} looked around, {he} did not know the way home.
+At last, {he} saw the right {item} [beside a stream|in the grass|near an old tree]. {He} {glad}.
+But then it got dark, and {he} did not know the way home.
 {name} [held the {item} and cried|sat down with the {item} and cried].
 
-Then {guide} came by. "[Why do you cry|What is the matter], little {kind}?" it asked.
+Then {guide} came by. "[Why are you crying|What is the matter], little {kind}?" it asked.
 "I am lost," said {name}. "[Don't be afraid|Come with me]. {sound}," it said, and {name} followed it home.
 
 {His} {parent} [held {him} tight|gave {him} a big hug]. "[I am so sorry|I will never go so far again].
@@ -428,7 +433,7 @@ and {name} [waved to them|smiled at them] every day.
 """),
     'the moon': (BOTH, {
         'item': 'bucket|bowl|pot',
-        'try': 'climbed a high hill|stood on a big rock|climbed a tall tree|sat on the roof',
+        'try': 'climbed a high hill|stood on a big rock|stood on a high wall|sat on the roof',
     }, """
 {once} who wanted to hold the moon. Every night, {name} looked up at it.
 "It is so [bright|beautiful]," {he} said.
@@ -453,8 +458,8 @@ There was the moon, [round and bright|small and bright], in the {item}! {He} {gl
 "[I wish I were|I want to be] as big as you, {friend}," {name} [often said|said every day].
 
 {oneday}, {friend} [came to {name} with tears in {fhis} eyes|was very sad].
-"My {thing} fell into a {hole}," {fhe} said. "My paw is too big to get it out." {name} looked in.
-It was very dark.
+"My {thing} fell into a {hole}," {fhe} said. "My paw is too big to get it out."
+{name} went with {fhim} and looked in. It was very dark.
 
 "I am small. I can go in," said {name}. {He} was afraid, but {he} [went in slowly|went deeper and deeper].
 At last, {he} found the {item} and [brought it back|gave it back] to {friend}.
