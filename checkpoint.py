@@ -5,7 +5,9 @@ train.py), 'iter' (steps done), 'best_val_loss', 'optimizers', 'scaler', and 'fi
 """
 
 import os
+import shlex
 import zipfile
+import zlib
 from pathlib import Path
 
 import torch
@@ -15,7 +17,10 @@ from model import GPT, GPTConfig
 
 
 def save_checkpoint(path, checkpoint):
-    """Write `checkpoint` to `path`, whole or not at all: what was there stays until the new file is on the disk."""
+    """Write `checkpoint` to `path`, whole or not at all: what was there stays until the new file is on disk.
+
+    Raises UserError where the disk does not take it.
+    """
     path = Path(path)
     temporary = path.with_name(path.name + '.tmp')
     try:
@@ -25,8 +30,13 @@ def save_checkpoint(path, checkpoint):
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        # torch.save hides what writing to a full disk raised behind an error of its own
+        cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, OSError):
+            raise UserError(f'cannot save {path} ({cause.strerror or cause}): what was saved there before is '
+                            'whole; make room, then go on with --init_from resume') from None
         raise
 
 
@@ -45,13 +55,8 @@ def load_checkpoint(path, device='cpu'):
     path = Path(path)
     if not path.is_file():
         raise UserError(f'no checkpoint {path}: train first, or name its folder with --out_dir')
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not look at the checksums
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError) as error:
-        damaged = error
-    if damaged:
-        raise UserError(f'{path} is damaged or no checkpoint ({damaged}){other_checkpoints(path)}')
+    if reason := damage(path):
+        raise UserError(f'{path} is damaged or no checkpoint ({reason}){other_checkpoint(path)}')
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=True)
     except Exception as error:  # weights_only refuses anything but tensors and plain values, in many ways
@@ -63,14 +68,33 @@ def load_checkpoint(path, device='cpu'):
     return checkpoint
 
 
-def other_checkpoints(path):
-    """What else could be gone on from, to end a message with."""
-    others = [name for name in ('ckpt.pt', 'best.pt') if name != path.name and (path.parent / name).is_file()]
-    return f"; {' and '.join(str(path.parent / name) for name in others)} may be whole" if others else ''
+def damage(path):
+    """What is wrong with the file itself, '' if nothing is: torch.load does not look at the checksums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            wrong = archive.testzip()
+        return f'{wrong} does not have its checksum' if wrong else ''
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+        return str(error) or type(error).__name__
+
+
+def other_checkpoint(path):
+    """What to use instead of a damaged checkpoint, to end a message with."""
+    other = path.with_name({'ckpt.pt': 'best.pt', 'best.pt': 'ckpt.pt'}.get(path.name, path.name))
+    if other == path or not other.is_file() or damage(other):
+        return ''
+    if other.name == 'ckpt.pt':
+        return f'; {other} is whole: use it with --ckpt last'
+    return f'; {other} is whole: to go on from it, type: {shlex.join(["cp", str(other), str(path)])}'
 
 
 def load_model(checkpoint, device='cpu'):
-    """The GPT of a checkpoint, in evaluation mode, on `device`."""
-    model = GPT(GPTConfig(**checkpoint['config']))
-    model.load_state_dict(checkpoint['model'])
+    """The GPT of a checkpoint, in evaluation mode, on `device`. Raises UserError where it makes none."""
+    try:
+        model = GPT(GPTConfig(**checkpoint['config']))
+        model.load_state_dict(checkpoint['model'])
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        reason = ' '.join(str(error).split())[:200]
+        raise UserError(f"the checkpoint's config and weights make no model of ours ({reason}): take another "
+                        'checkpoint, or train anew') from None
     return model.to(device).eval()

@@ -23,7 +23,9 @@ import json
 import math
 import os
 import reprlib
+import signal
 import sys
+import time
 import tokenize
 import traceback
 
@@ -67,6 +69,10 @@ def run(main, *args):
         print(end='', flush=True)
     except OSError:  # what stdout will not take is dropped, or Python would complain of it once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if message and int(os.environ.get('LOCAL_RANK', 0)):
+        # A mistake is mostly one of all ranks: rank 0 tells of it, and torchrun ends those that wait here.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
     if message:
         print(f'{os.path.basename(sys.argv[0])}: {" ".join(message.splitlines())}', file=sys.stderr)
     raise SystemExit(status)

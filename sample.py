@@ -3,8 +3,10 @@
     python sample.py --out_dir out-quickstart
     python sample.py --start "Once upon a time, there was a dog" --num_samples 10 --temperature 0.8 > stories.txt
     python sample.py --start FILE:prompt.txt --temperature 0
+    python sample.py --out_dir out-infill --first_sentence "Tim lost his hat." --last_sentence "Tim was glad."
 """
 
+import math
 import sys
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 
 from checkpoint import load_checkpoint, load_model
 from configurator import SettingError, UserError, configure, run
+from data import infill
 from data.tokenizer import tokenizer_from_state
 from device import choose_device, choose_dtype
 
@@ -19,6 +22,8 @@ out_dir = 'out-tiny-stories'  # folder of the checkpoint
 ckpt = 'best'  # best (lowest validation loss) or last
 init_from = ''  # a published model in its place: a Hugging Face folder, or llama2.c's .bin with its tokenizer
 start = ''  # how every story begins: text, or FILE:path
+first_sentence = ''  # of a story whose middle the model writes, if it has learned infilling
+last_sentence = ''  # of that story
 num_samples = 3  # stories, written side by side as one batch
 max_new_tokens = 1000  # longest continuation; most stories end before
 temperature = 0.8  # below 1: likelier words; 0: always the likeliest
@@ -38,6 +43,10 @@ def check_settings():
             raise SettingError(f'{name} is {globals()[name]}; it must be at least {low}')
     if not 0 < top_p <= 1:
         raise SettingError(f'top_p is {top_p}; it must be above 0 and at most 1')
+    if bool(first_sentence.strip()) != bool(last_sentence.strip()):
+        raise SettingError('a middle needs both ends: type --first_sentence "..." and --last_sentence "..."')
+    if first_sentence and start:
+        raise SettingError('start and first_sentence are both given: leave out one')
 
 
 def read_start():
@@ -50,16 +59,31 @@ def read_start():
         raise UserError(f'{start[5:]} is not UTF-8 text ({error.reason} at byte {error.start})') from None
 
 
-def write_stories(model, tokenizer, prompt, stream):
-    """Yield the text of `num_samples` stories that begin with `prompt`; a lone one in growing parts if `stream`."""
-    idx = torch.tensor([[tokenizer.delimiter, *tokenizer.encode(prompt)]] * num_samples)
-    if idx.size(1) > model.config.block_size:
-        raise UserError(f'the start has {idx.size(1)} tokens, more than the context of {model.config.block_size}; '
-                        'shorten it')
-    rows = idx.tolist()
+def forbid(model, ids):
+    """Make the model give no probability to the token ids `ids`."""
+    ids = torch.tensor(ids, device=next(model.parameters()).device)
+    model.lm_head.register_forward_hook(lambda _module, _args, logits: logits.index_fill(-1, ids, -math.inf))
+
+
+def write_stories(model, tokenizer, begin, end, stream):
+    """Yield the text of `num_samples` stories; a lone one in growing parts if `stream`.
+
+    They begin with the text `begin` and, unless `end` is empty, end with that. A middle is written in sight
+    of both, so it stops where the context does; a plain story goes on without the sight of its beginning.
+    """
+    head = [tokenizer.delimiter, *tokenizer.encode(begin)]
+    ids = infill.prompt(tokenizer, begin, end) if end else head
+    context = model.config.block_size
+    if len(ids) > context:
+        what = 'the two sentences have' if end else 'the start has'
+        raise UserError(f'{what} {len(ids)} tokens, more than the context of {context}; shorten them')
+    limit, limited_by = max_new_tokens, f'--max_new_tokens {max_new_tokens}'
+    if end and (room := context - len(ids) + 1) < limit:  # the last token written need not be read
+        limit, limited_by = room, f'the end of the context of {context} tokens'
+    rows = [[*head] for _ in range(num_samples)]
     ended = [False] * num_samples
-    idx = idx.to(next(model.parameters()).device)
-    for tokens in model.generate(idx, max_new_tokens, temperature, top_k, top_p, tokenizer.delimiter, seed):
+    idx = torch.tensor([ids] * num_samples, device=next(model.parameters()).device)
+    for tokens in model.generate(idx, limit, temperature, top_k, top_p, tokenizer.delimiter, seed):
         for i, token in enumerate(tokens.tolist()):
             ended[i] = ended[i] or token == tokenizer.delimiter
             if not ended[i]:
@@ -67,10 +91,11 @@ def write_stories(model, tokenizer, prompt, stream):
         if stream:
             yield tokenizer.decode(rows[0])
     if not all(ended):
-        print(f'{ended.count(False)} of {num_samples} stories were cut at --max_new_tokens {max_new_tokens}',
-              file=sys.stderr)
-    if not stream:
-        yield from (tokenizer.decode(row) for row in rows)
+        print(f'{ended.count(False)} of {num_samples} stories were cut at {limited_by}', file=sys.stderr)
+    if end or not stream:
+        for text in map(tokenizer.decode, rows):
+            gap = ' ' if end and not text[-1:].isspace() else ''  # a middle that was cut ends in a word
+            yield text + gap + end
 
 
 def main():
@@ -86,16 +111,20 @@ def main():
         raise UserError(f'{init_from} has no tokenizer beside it: put the one there that it was trained with')
     tokenizer = tokenizer_from_state(checkpoint['tokenizer'])
     model = load_model(checkpoint, place).to(choose_dtype(dtype, place))
-    prompt = read_start()
+    begin, end = first_sentence.strip() or read_start(), last_sentence.strip()
+    if end and not checkpoint.get('infill_rate'):
+        raise UserError(f'{init_from or out_dir} has not learned to write middles: train on data of '
+                        'data/tiny_stories/prepare.py --infill_rate 0.5, or continue a --start')
+    forbid(model, [tokenizer.blank, tokenizer.middle])
     if num_samples == 1 and sys.stdout.isatty():
         shown = ''
-        for text in write_stories(model, tokenizer, prompt, stream=True):
+        for text in write_stories(model, tokenizer, begin, end, stream=True):
             text = text.rstrip('\N{REPLACEMENT CHARACTER}')  # a character whose last bytes are still to come
             print(text[len(shown):], end='', flush=True)
             shown = text
         print()
         return
-    for i, text in enumerate(write_stories(model, tokenizer, prompt, stream=False)):
+    for i, text in enumerate(write_stories(model, tokenizer, begin, end, stream=False)):
         print(('---\n' if i else '') + text)
 
 

@@ -7,9 +7,12 @@
     torchrun --standalone --nproc_per_node=8 train.py config/tiny_stories.py
 """
 
+import contextlib
+import itertools
 import json
 import math
 import os
+import shlex
 import signal
 import sys
 import time
@@ -24,7 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import load_checkpoint, save_checkpoint
 from configurator import SettingError, UserError, configure, run, settings
-from data.shards import Batches, Split, fingerprint
+from data import infill
+from data.shards import PREPARE, Batches, Split, fingerprint
 from data.tokenizer import load_tokenizer
 from device import autocast, choose_device, choose_dtype, peak_flops
 from evaluate import evaluate
@@ -36,6 +40,7 @@ dataset = 'tiny_stories'  # a folder under data/, or any path to a prepared fold
 out_dir = 'out-tiny-stories'  # where checkpoints, metrics.jsonl and loss.png go
 init_from = 'scratch'  # scratch; resume: go on with the run in out_dir; or the path of a model to tune
 overwrite = False  # start anew in an out_dir that holds another run, which is lost
+verify_data = False  # compare the shards with the hashes in meta.json; their lengths always are
 # the model; GPTConfig in model.py explains
 block_size = 256  # context, in tokens
 n_layer = 6  # blocks
@@ -86,7 +91,8 @@ def checkpoint_settings(settings):
 
 def check_settings(world_size):
     """Refuse what no run can mean. Raises SettingError."""
-    for name in 'batch_size', 'gradient_accumulation_steps', 'eval_interval', 'log_interval', 'max_iters':
+    for name in ('block_size', 'batch_size', 'gradient_accumulation_steps', 'eval_interval', 'log_interval',
+                 'max_iters'):
         if globals()[name] < 1:
             raise SettingError(f'{name} is {globals()[name]}; it must be at least 1')
     for name in 'learning_rate', 'warmup_iters', 'weight_decay', 'grad_clip', 'eval_iters', 'seed':
@@ -165,23 +171,23 @@ def compiled(model, x, y, context):
         return model
 
 
-def sample_story(model, tokenizer, context):
-    """One story from the model as it stands, for a person to see it learn."""
+def sample_story(model, tokenizer, context, stopped):
+    """One story from the model as it stands, for a person to see it learn; cut short once stopped() is true."""
     prompt = torch.tensor([[tokenizer.delimiter]], device=next(model.parameters()).device)
     with context:
-        tokens = [int(t) for t in model.generate(prompt, block_size, 0.8, stop=tokenizer.delimiter, seed=seed)]
-    return tokenizer.decode(tokens)
+        tokens = model.generate(prompt, block_size, 0.8, stop=tokenizer.delimiter, seed=seed)
+        return infill.decode(tokenizer, [int(t) for t in itertools.takewhile(lambda _: not stopped(), tokens)])
 
 
 def keep_metrics(path, it):
     """Leave in metrics.jsonl what came before step `it`: the run goes on from there."""
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(errors='replace').splitlines() if path.exists() else []
     before = []
     for line in lines:
         try:
             if json.loads(line)['iter'] < it:
                 before.append(line + '\n')
-        except ValueError:  # half a line, from a run that was killed
+        except (ValueError, KeyError, TypeError):  # half a line, from a run that was killed
             break
     temporary = path.with_name(path.name + '.tmp')
     temporary.write_text(''.join(before))
@@ -244,12 +250,20 @@ def check_same_run(checkpoint, config, data):
 
 
 def watch_signals():
-    """Ctrl-C and SIGTERM put their number into the list returned, for the loop to see; a second Ctrl-C stops at once."""
-    caught = []
+    """Ctrl-C and SIGTERM put their number into the list returned, for the loop to see; a second Ctrl-C stops at
+    once.
+
+    torchrun hands a Ctrl-C on to processes that the terminal has told already: under it, one that follows
+    within a second is the same one.
+    """
+    caught, first = [], 0.0
+    echo = 1.0 if 'TORCHELASTIC_RUN_ID' in os.environ else 0.0  # seconds
 
     def note(number, frame):
-        if caught and number == signal.SIGINT:
+        nonlocal first
+        if caught and number == signal.SIGINT and time.monotonic() - first > echo:
             raise KeyboardInterrupt
+        first = first or time.monotonic()
         caught.append(number)
 
     for number in signal.SIGINT, signal.SIGTERM:
@@ -257,26 +271,56 @@ def watch_signals():
     return caught
 
 
+def resume_command():
+    """What to type to go on with this run."""
+    ranks, here = (int(os.environ.get(name, 1)) for name in ('WORLD_SIZE', 'LOCAL_WORLD_SIZE'))
+    nodes = '--standalone' if ranks == here else '...'  # on several nodes, the options they were started with
+    start = 'python' if ranks == 1 else f'torchrun {nodes} --nproc_per_node={here}'
+    return f'{start} train.py --init_from resume --out_dir {shlex.quote(out_dir)}'
+
+
+@contextlib.contextmanager
+def lost_ranks_told():
+    """One line instead of a traceback where an exchange with another rank fails because that one has ended."""
+    try:
+        yield
+    except RuntimeError as error:  # for gloo torch has no class of its own
+        if not dist.is_initialized() or not (isinstance(error, dist.DistError) or 'gloo' in str(error)):
+            raise
+        if dist.get_rank() < 2:  # rank 0, and one more as rank 0 may be the one
+            print(f'train.py: another process of this run has ended, so rank {dist.get_rank()} stops; what was '
+                  f'saved is whole, go on with: {resume_command()}', file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+@lost_ranks_told()
 def main():
     rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     master = rank == 0
     check_settings(world_size)
     place = choose_device(device, int(os.environ.get('LOCAL_RANK', 0)))
     precision = choose_dtype(dtype, place)
-    if precision == torch.float16 and place.type != 'cuda':
-        raise SettingError(f'float16 trains on CUDA alone; --dtype float32 or bfloat16 on {place.type}')
+    if precision == torch.float16 and place.type == 'mps':
+        raise SettingError('float16 does not train on mps: use --dtype float32 or bfloat16')
     context = autocast(place, precision)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
     # the data
     folder = Path(dataset) if Path(dataset).is_dir() else Path(__file__).parent / 'data' / dataset
     train_split, val_split = Split(folder, 'train'), Split(folder, 'val')
+    if verify_data and int(os.environ.get('LOCAL_RANK', 0)) == 0:
+        train_split.verify()
+        val_split.verify()
     tokenizer = load_tokenizer(folder)
+    if tokenizer.vocab_size != train_split.meta['vocab_size']:
+        raise UserError(f"the tokenizer in {folder} has a vocabulary of {tokenizer.vocab_size}, meta.json "
+                        f"says {train_split.meta['vocab_size']}: {PREPARE}")
     batches = Batches(train_split, block_size, batch_size * gradient_accumulation_steps, seed, rank, world_size)
 
     # the model, its optimizers, and where a run to go on with stands
     out = Path(out_dir)
-    if init_from != 'resume' and not overwrite and (out / 'ckpt.pt').exists():
+    held = any((out / name).exists() for name in ('ckpt.pt', 'best.pt'))
+    if held and init_from != 'resume' and not overwrite:
         raise SettingError(f'{out} holds another run: go on with it (--init_from resume), replace it (--overwrite), '
                            'or name another folder (--out_dir)')
     torch.manual_seed(seed)
@@ -314,34 +358,47 @@ def main():
     network = DistributedDataParallel(fast) if world_size > 1 else fast
     caught = watch_signals()
     if master:
-        out.mkdir(parents=True, exist_ok=True)
-        if init_from != 'resume':
-            for name in 'ckpt.pt', 'best.pt', 'metrics.jsonl', 'loss.png':
-                (out / name).unlink(missing_ok=True)
-        keep_metrics(out / 'metrics.jsonl', it)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f'cannot write to {out} ({error.strerror}): name another --out_dir') from None
+        for name in 'ckpt.pt.tmp', 'best.pt.tmp', 'metrics.jsonl.tmp':  # of a run killed while it saved
+            (out / name).unlink(missing_ok=True)
         step_tokens = batches.sequences * block_size
         print(f'{model.n_params():,} parameters on {world_size} {place.type} in {str(precision).split(".")[1]}; '
               f'{train_split.n_tokens:,} training tokens ({tokenizer.encoding}), {step_tokens:,} a step, '
               f'{max_iters * step_tokens / train_split.n_tokens:.2f} epochs')
 
     def record(**values):
-        with open(out / 'metrics.jsonl', 'a') as file:
-            file.write(json.dumps(values) + '\n')
+        try:
+            with open(out / 'metrics.jsonl', 'a') as file:
+                file.write(json.dumps(values) + '\n')
+        except OSError as error:
+            raise UserError(f'cannot write {out}/metrics.jsonl ({error.strerror}): the last checkpoint is whole; '
+                            f'make room, then go on with: {resume_command()}') from None
 
     def save(name):
         save_checkpoint(out / name, {
             'model': model.state_dict(), 'config': asdict(model.config), 'tokenizer': tokenizer.state(),
             'settings': settings(globals()), 'iter': it, 'best_val_loss': best_val_loss,
             'optimizers': [opt.state_dict() for opt in optimizers], 'scaler': scaler.state_dict(),
-            'fingerprint': fingerprint(train_split.meta)})
+            'fingerprint': fingerprint(train_split.meta), 'infill_rate': train_split.meta.get('infill_rate', 0)})
 
     def stop():
         """Save, say how to go on, and exit as one stopped by a signal does."""
         if master:
             save('ckpt.pt')
-            print(f'stopped at step {it} and saved; go on with: python train.py --init_from resume --out_dir {out}',
-                  file=sys.stderr)
+            print(f'stopped at step {it} and saved; go on with: {resume_command()}', file=sys.stderr)
+        if world_size > 1:
+            dist.barrier()  # once a rank has ended, torchrun ends the others, however far the save is
         raise SystemExit(128 + (caught[0] if caught else signal.SIGTERM))
+
+    if master:
+        if init_from != 'resume':
+            save('ckpt.pt')  # until here there is the old run to go on with, from here on the new one
+            for name in 'best.pt', 'loss.png':
+                (out / name).unlink(missing_ok=True)
+        keep_metrics(out / 'metrics.jsonl', it)
 
     peak = peak_flops(place)
     skipped = 0  # steps without an update, normal under float16 scaling
@@ -360,13 +417,16 @@ def main():
                     stop()
                 if master:
                     print(f"step {it}: validation loss {result['val_loss']:.4f}, perplexity {result['val_ppl']:.2f}, "
-                          f"{result['val_bpb']:.4f} bits per byte, accuracy {result['val_acc']:.1%}")
+                          f"{result['val_bpb']:.4f} bits per byte, accuracy {result['val_acc']:.1%}"
+                          + (f", middles {result['val_middle_loss']:.4f}, with another story's end "
+                             f"{result['val_middle_loss_other_end']:.4f}" if 'val_middle_loss' in result else ''))
                     record(iter=it, **result)
                     if result['val_loss'] < best_val_loss:
                         best_val_loss = result['val_loss']
                         save('best.pt')
                     save('ckpt.pt')
-                    print('   ', sample_story(model, tokenizer, context).replace('\n', '\n    '), flush=True)
+                    story = sample_story(model, tokenizer, context, lambda: bool(caught))
+                    print('   ', story.replace('\n', '\n    '), flush=True)
                     plot_losses(out)
                 model.train()
                 pause = time.perf_counter() - eval_start
@@ -396,8 +456,9 @@ def main():
             loss, stopping = shared[0].item() / world_size, shared[1].item()
             grad_norm = grad_norm.item()
             if not math.isfinite(loss) or not (math.isfinite(grad_norm) or scaler.is_enabled()):
-                raise UserError(f'step {it}: the loss is {loss}, the gradient norm {grad_norm}; the weights before it '
-                                f'are in {out}/ckpt.pt. Lower --learning_rate, or use --dtype float32')
+                raise UserError(f'step {it}: the loss is {loss}, the gradient norm {grad_norm}; the last good '
+                                f'weights are in {out}/ckpt.pt. Go on with a lower --learning_rate or --dtype '
+                                f'float32: {resume_command()}')
             skipped += not math.isfinite(grad_norm)
             for opt in optimizers:
                 scaler.step(opt)

@@ -60,8 +60,13 @@ def read_meta(folder):
             for shard in meta['splits'][split]['shards']:
                 if Path(shard['name']).name != shard['name']:
                     raise UserError(f"{path}: shard name {shard['name']!r} is not a plain file name")
-        meta['encoding'], meta['vocab_size']
-    except FileNotFoundError:
+                if shard['tokens'] < 1 or not isinstance(shard['sha256'], str):
+                    raise ValueError(f"{shard['name']} has no tokens or no hash")
+            if meta['splits'][split]['bytes'] < 1:
+                raise ValueError(f'{split} has no text')
+        if not (isinstance(meta['encoding'], str) and isinstance(meta['vocab_size'], int)):
+            raise ValueError('encoding or vocab_size')
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f'{folder} holds no prepared data (no meta.json): {PREPARE}') from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f'{path} is damaged ({error!r}): {PREPARE}') from None
@@ -80,6 +85,7 @@ class Split:
     def __init__(self, folder, split):
         self.folder, self.meta = Path(folder), read_meta(folder)
         info = self.meta['splits'][split]
+        self.hashes = [shard['sha256'] for shard in info['shards']]
         self.n_bytes = info['bytes']
         self.names = [shard['name'] for shard in info['shards']]
         self.shards, self.starts, self.n_tokens = [], [], 0
@@ -93,6 +99,16 @@ class Split:
             self.shards.append(np.memmap(path, dtype='<u2', mode='r'))
             self.starts.append(self.n_tokens)
             self.n_tokens += shard['tokens']
+        if self.n_tokens < 2:
+            raise UserError(f'{self.folder} has no {split} token to foretell: {PREPARE}')
+
+    def verify(self):
+        """Raises UserError for the first shard whose content is not what meta.json says."""
+        for name, shard, expected in zip(self.names, self.shards, self.hashes, strict=True):
+            found = hashlib.sha256(shard).hexdigest()
+            if found != expected:
+                raise UserError(f'{self.folder / name} has sha256 {found[:12]}..., meta.json says '
+                                f'{expected[:12]}...: {PREPARE}')
 
     def read(self, start, length):
         """Tokens start to start + length of the stream, as a uint16 array; fewer at its end."""

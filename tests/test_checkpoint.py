@@ -29,7 +29,7 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr(checkpoint.torch, 'save', half_a_save)
-    with pytest.raises(OSError, match='No space'):
+    with pytest.raises(UserError, match=r'cannot save .*ckpt.pt \(No space left on device\): what was saved'):
         save_checkpoint(tmp_path / 'ckpt.pt', STATE | {'iter': 8})
     assert load_checkpoint(tmp_path / 'ckpt.pt')['iter'] == 7
     assert os.listdir(tmp_path) == ['ckpt.pt']
@@ -63,7 +63,10 @@ def test_damage_is_named_and_so_is_what_else_there_is(tmp_path, harm):
     else:
         data = b'' if harm == 'empty' else b'weights'
     (tmp_path / 'ckpt.pt').write_bytes(data)
-    with pytest.raises(UserError, match=r'ckpt.pt is damaged.*best.pt may be whole'):
+    with pytest.raises(UserError, match=r'ckpt.pt is damaged.*best.pt is whole.*cp .*best.pt .*ckpt.pt$'):
+        load_checkpoint(tmp_path / 'ckpt.pt')
+    (tmp_path / 'best.pt').write_bytes(b'')
+    with pytest.raises(UserError, match=r'ckpt.pt is damaged[^;]*$'):  # nothing else is whole
         load_checkpoint(tmp_path / 'ckpt.pt')
 
 

@@ -27,7 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import SettingError, UserError, configure, run
-from data import blocks
+from data import blocks, infill
 from data.shards import ShardWriter
 from data.sources import document, open_source
 from data.tiny_stories import sample_stories
@@ -42,6 +42,7 @@ vocab_size = 0  # of bpe, the two infilling tokens counted; 0: 4096, and 1536 fo
 tokenizer = ''  # of a checkpoint, a prepared folder, a .model, a folder with GPT-2's, a published model
 data_percentage = 100.0  # of the stories to use; a smaller share is part of a larger one
 val_percentage = 1.0  # of the stories to hold out for validation, where the source has no validation split
+infill_rate = 0.0  # share of the stories, 0 to 1, turned around so that a model learns to write middles
 out_dir = ''  # where the data goes; '' is the folder of this script
 num_proc = 0  # worker processes; 0 is one a core
 seed = 1337  # of the built-in corpus, and of the sample that bpe learns from
@@ -142,18 +143,24 @@ def _sample(item, bound, seed):
     ]
 
 
-def _encode(item, coder):
-    """The tokens of an item (block, places), two uint16 arrays: for training, for validation."""
+def _encode(item, coder, rate):
+    """The tokens of an item (block, places), two uint16 arrays: for training, for validation.
+
+    With them comes what became of the stories: how many are plain, infilled and too short for it, (2, 3).
+    """
     starts = item[0].starts
     train, val = _used(*item)
-    if sum(map(len, train + val)) < 10 * blocks.BLOCK:
-        tokens, lengths = coder.encode_pieces([(text, starts) for text in train + val])
-        return np.split(tokens, [lengths[:len(train)].sum()])
+    kinds = np.zeros((2, 3), np.int64)
+    if item[0].kind != 'piece' and sum(map(len, train + val)) < 10 * blocks.BLOCK:
+        tokens, lengths, became = infill.encode(coder, train + val, rate)
+        for i, part in enumerate(np.split(became, [len(train)])):
+            kinds[i] = np.bincount(part, minlength=3)
+        return np.split(tokens, [lengths[:len(train)].sum()]), kinds
     tokens = []
     for texts in train, val:  # long ones, in pieces one by one, to bound the memory
         pieces = ((n == 0, piece) for text in texts for n, piece in enumerate(cut(text, blocks.BLOCK)))
         tokens.append([coder.encode_pieces([(piece, starts and first)])[0] for first, piece in pieces])
-    return [np.concatenate(parts or [np.zeros(0, np.uint16)]) for parts in tokens]
+    return [np.concatenate(parts or [np.zeros(0, np.uint16)]) for parts in tokens], kinds
 
 
 # All blocks
@@ -217,7 +224,10 @@ def learn(stories, survey):
 def encode(stories, survey, coder, folder):
     """The last pass: writes the shards into `folder`. Returns the entry `splits` of meta.json."""
     writers = [ShardWriter(folder, split) for split in _SPLITS]
-    for tokens in _each(functools.partial(_encode, coder=coder), stories, survey):
+    kinds = np.zeros((2, 3), np.int64)
+    work = functools.partial(_encode, coder=coder, rate=infill_rate)
+    for tokens, became in _each(work, stories, survey):
+        kinds += became
         for writer, part in zip(writers, tokens, strict=True):
             writer.write(part)
     splits = {}
@@ -226,6 +236,7 @@ def encode(stories, survey, coder, folder):
         splits[split] = {
             'stories': int(survey.used[i]), 'tokens': sum(shard['tokens'] for shard in shards),
             'bytes': int(survey.bytes[i]), 'shards': shards,
+            'infilled': int(kinds[i, infill.INFILLED]), 'too_short': int(kinds[i, infill.TOO_SHORT]),
         }
     return splits
 
@@ -248,6 +259,8 @@ def staging(folder):
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # empty, where nothing came of it
 
 
 def install(new, folder):
@@ -275,6 +288,8 @@ def check_settings():
         raise SettingError(f'data_percentage {data_percentage}: type a number above 0, at most 100')
     if not 0 < val_percentage < 100:
         raise SettingError(f'val_percentage {val_percentage}: type a number between 0 and 100')
+    if not 0 <= infill_rate <= 1:
+        raise SettingError(f'infill_rate {infill_rate}: type a number from 0 to 1')
     if num_proc < 0:
         raise SettingError(f'num_proc {num_proc}: type the number of processes, or 0 for one a core')
 
@@ -316,7 +331,7 @@ def main():
         meta = {
             'encoding': coder.encoding, 'vocab_size': coder.vocab_size,
             'delimiter': coder.delimiter, 'blank': coder.blank, 'middle': coder.middle,
-            'source': source, 'splits': splits,
+            'source': source, 'infill_rate': infill_rate, 'splits': splits,
         }
         (new / 'meta.json').write_text(json.dumps(meta, indent=1) + '\n', encoding='utf-8')
         install(new, folder)
@@ -327,10 +342,15 @@ def main():
     print(f'stories: {train:,} for training, {val:,} for validation, {survey.blank:,} blank ones skipped')
     if stories.left_out:
         print(f'left out, as a test split: {", ".join(stories.left_out)}')
+    if infill_rate:
+        infilled, short = [sum(split[key] for split in splits.values()) for key in ('infilled', 'too_short')]
+        print(f'for infilling: {infilled:,}; {short:,} chosen but plain, as shorter than three sentences')
     kind = f'{coder.encoding}, vocabulary of {coder.vocab_size:,}'
     print(f'tokens: {tokens:,} of {size / tokens:.2f} bytes each ({kind})')
     print(f'text: {size / 1e6:.1f} MB in {seconds:.1f} s, {size / 1e6 / seconds:.1f} MB/s')
     recipe = ' config/quickstart.py' if source == 'sample' else ''
+    if infill_rate:
+        recipe = ' config/quickstart_infill.py' if source == 'sample' else ' config/infill.py'
     place = '' if folder.resolve() == _HERE else f' --dataset {shlex.quote(str(folder))}'
     print(f'next: python train.py{recipe}{place}')
 
