@@ -9,8 +9,8 @@ from configurator import SettingError
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 # Dense tensor-core peaks in FLOP/s at 16 bits, from the makers' data sheets; the first name that fits counts.
-PEAK_FLOPS = {'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12, 'L4': 121e12,
-              'A10': 125e12, 'V100': 125e12, 'T4': 65e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12}
+PEAK_FLOPS = {'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12,
+              'L4': 121e12, 'A10': 125e12, 'V100': 125e12, 'T4': 65e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12}
 
 
 def choose_device(name, local_rank=0):
@@ -25,7 +25,7 @@ def choose_device(name, local_rank=0):
         count = torch.cuda.device_count()
         index = local_rank if device.index is None else device.index
         if index >= count:
-            raise SettingError(f'device {name}: this machine has {count} CUDA devices; use --device cpu or auto')
+            raise SettingError(f'device {name}: this machine has {count} CUDA devices; use --device cpu')
         torch.cuda.set_device(index)
         return torch.device('cuda', index)
     if device.type == 'mps' and not torch.backends.mps.is_available():
@@ -36,8 +36,8 @@ def choose_device(name, local_rank=0):
 
 
 def choose_dtype(name, device):
-    """The torch.dtype for a `dtype` setting: 'auto' is bfloat16 where the hardware multiplies it, float16 on older
-    CUDA GPUs, else float32. Raises SettingError."""
+    """The torch.dtype for a `dtype` setting: 'auto' is bfloat16 where the hardware multiplies it, float16 on
+    older CUDA GPUs, else float32. Raises SettingError."""
     if name != 'auto':
         if name not in DTYPES:
             raise SettingError(f"dtype {name!r} is not one of auto, {', '.join(DTYPES)}")

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 @torch.no_grad()
 def evaluate(model, split, block_size, batch_size, max_batches=0, device='cpu', rank=0, world_size=1,
              stopped=lambda: False):
-    """Evaluate over a whole split, its short tail included, or its first max_batches batches, shared by the ranks.
+    """Evaluate over a whole split, its short tail included, or its first max_batches batches; ranks share it.
 
     model: maps (B, T) token ids to logits (B, T, vocab_size), in evaluation mode.
     Returns {'val_loss': nats per token, 'val_ppl': perplexity, 'val_bpb': bits per UTF-8 byte of the stories,

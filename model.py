@@ -113,8 +113,9 @@ class KVCache:
 
 
 def plain_attention(q, k, v, dropout):
-    """Causal attention by two matrix products: in bfloat16 on a CPU 1.3 to 3 times as fast as the flash kernel,
-    whose backward pass is slow there. Its memory grows with T squared. q, k, v: (B, heads, T, head_dim)."""
+    """Causal attention by two matrix products: in bfloat16 on a CPU 1.3 to 3 times as fast as the flash
+    kernel, whose backward pass is slow there. Its memory grows with T squared.
+    q, k, v: (B, heads, T, head_dim)."""
     k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
     future = torch.ones(q.size(2), q.size(2), dtype=torch.bool).triu(1)
     scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)
@@ -150,8 +151,9 @@ class Attention(nn.Module):
         if cache is None and T <= 512 and x.device.type == 'cpu' and torch.is_autocast_enabled('cpu'):
             y = plain_attention(q, k, v, dropout)
         else:
-            y = F.scaled_dot_product_attention(q, k, v.type_as(q), attn_mask=mask, is_causal=causal and mask is None,
-                                               dropout_p=dropout, enable_gqa=q.size(1) != k.size(1))
+            y = F.scaled_dot_product_attention(
+                q, k, v.type_as(q), attn_mask=mask, is_causal=causal and mask is None, dropout_p=dropout,
+                enable_gqa=q.size(1) != k.size(1))
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -209,8 +211,8 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Normal weights of deviation 0.02, of the projections back into the residual stream 1 / sqrt(2 n_layer)
-        of that (Radford et al. 2019), biases 0, norms 1."""
+        """Normal weights of deviation 0.02, of the projections back into the residual stream
+        1 / sqrt(2 n_layer) of that (Radford et al. 2019), biases 0, norms 1."""
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer) if 'proj' in name else 0.02)
@@ -244,7 +246,7 @@ class GPT(nn.Module):
         x, rope = self.embedding(idx), None
         if self.config.position == 'learned':
             x = x + self.position.weight[here]
-        elif self.config.position == 'sinusoidal':  # embeddings scaled to the positions' size, as in the paper
+        elif self.config.position == 'sinusoidal':  # embeddings scaled up, as in the paper
             x = x * math.sqrt(self.config.n_embd) + self.sinusoids[here]
         else:
             rope = self.cos[here], self.sin[here]
@@ -260,7 +262,7 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=-1, seed=0):
-        """Continue the prompts idx (B, T), T at most block_size; yields the next token of each, (B,), every step.
+        """Continue the prompts idx (B, T), T at most block_size; yields the next token of each, (B,).
 
         temperature 0 is greedy; top_k keeps the k likeliest tokens (0: all), top_p the smallest set of them
         whose probability reaches p (Holtzman et al. 2019; 1: all). Ends after max_new_tokens, or when each

@@ -1,7 +1,7 @@
 """Write stories with a trained model; stdout has the stories alone, a line `---` between two.
 
     python sample.py --out_dir out-quickstart
-    python sample.py --start "Once upon a time, there was a dog" --num_samples 10 --temperature 0.8 > stories.txt
+    python sample.py --start "One day, a dog" --num_samples 10 --temperature 0.8 > stories.txt
     python sample.py --start FILE:prompt.txt --temperature 0
     python sample.py --out_dir out-infill --first_sentence "Tim lost his hat." --last_sentence "Tim was glad."
 """

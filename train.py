@@ -83,7 +83,8 @@ def checkpoint_settings(settings):
     """What `configure` lays under files and flags: the settings of the run to go on with."""
     if settings['init_from'] == 'resume':
         saved = load_checkpoint(Path(settings['out_dir']) / 'ckpt.pt')['settings']
-        return {name: value for name, value in saved.items() if name not in ('out_dir', 'init_from', 'overwrite')}
+        of_this_call = 'out_dir', 'init_from', 'overwrite'
+        return {name: value for name, value in saved.items() if name not in of_this_call}
     if settings['init_from'] != 'scratch':
         return open_model(settings['init_from'])['config']
     return {}
@@ -109,9 +110,9 @@ def check_settings(world_size):
     if sequences % (world_size * micro_steps(world_size)):
         unit = world_size * micro_steps(world_size)
         below, above = sequences // unit * unit, (sequences // unit + 1) * unit
-        raise SettingError(f'{sequences} sequences a step (batch_size {batch_size} * gradient_accumulation_steps '
-                           f'{gradient_accumulation_steps}) do not split evenly over {world_size} ranks with '
-                           f'{micro_steps(world_size)} micro-batches each; the nearest that do: '
+        raise SettingError(f'{sequences} sequences a step (batch_size {batch_size} * gradient_accumulation_'
+                           f'steps {gradient_accumulation_steps}) do not divide among {world_size} ranks '
+                           f'with {micro_steps(world_size)} micro-batches each; the nearest: '
                            + ' or '.join(str(n) for n in (below, above) if n))
 
 
@@ -123,8 +124,8 @@ def micro_steps(world_size):
 def make_config(vocab_size):
     """The model's config out of the settings. Raises SettingError."""
     try:
-        return GPTConfig(vocab_size=vocab_size, **{field.name: globals()[field.name] for field in fields(GPTConfig)
-                                                   if field.name != 'vocab_size'})
+        names = {field.name for field in fields(GPTConfig)} - {'vocab_size'}
+        return GPTConfig(vocab_size=vocab_size, **{name: globals()[name] for name in names})
     except ValueError as error:
         raise SettingError(str(error)) from None
 
@@ -134,7 +135,8 @@ def make_optimizers(model):
 
     Muon (Jordan 2024) takes the matrices of the blocks; AdamW takes embeddings, head, norms and biases.
     """
-    matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2 and name.startswith('blocks.')}
+    matrices = {name: p for name, p in model.named_parameters()
+                if p.dim() == 2 and name.startswith('blocks.')}
     rest = {name: p for name, p in model.named_parameters() if name not in matrices}
     adamw_lr = learning_rate or (0.01 if optimizer == 'muon' else 1e-3)
     optimizers = []
@@ -172,11 +174,12 @@ def compiled(model, x, y, context):
 
 
 def sample_story(model, tokenizer, context, stopped):
-    """One story from the model as it stands, for a person to see it learn; cut short once stopped() is true."""
+    """One story from the model as it stands, for a person to see; cut short once stopped() is true."""
     prompt = torch.tensor([[tokenizer.delimiter]], device=next(model.parameters()).device)
     with context:
         tokens = model.generate(prompt, block_size, 0.8, stop=tokenizer.delimiter, seed=seed)
-        return infill.decode(tokenizer, [int(t) for t in itertools.takewhile(lambda _: not stopped(), tokens)])
+        tokens = itertools.takewhile(lambda _: not stopped(), tokens)
+        return infill.decode(tokenizer, [int(token) for token in tokens])
 
 
 def keep_metrics(path, it):
@@ -227,8 +230,8 @@ def load_published(model, tokenizer):
     """Put the weights of the model at `init_from` into `model`. Raises UserError where they do not suit."""
     published = open_model(init_from)
     if published['tokenizer'] and published['tokenizer'] != tokenizer.state():
-        raise UserError(f'{dataset} was prepared with another tokenizer than {init_from} has: prepare it with '
-                        f'--tokenizer {init_from}')
+        raise UserError(f'{dataset} was prepared with another tokenizer than {init_from} has: prepare it '
+                        f'with --tokenizer {init_from}')
     for name, theirs in published['config'].items():
         ours = getattr(model.config, name)
         shorter = name == 'block_size' and ours < theirs and model.config.position != 'learned'
@@ -242,16 +245,16 @@ def check_same_run(checkpoint, config, data):
     for name, before in checkpoint['config'].items():
         now = getattr(config, name)
         if now != before:
-            raise SettingError(f'{name} is {now}, but {out_dir}/ckpt.pt has {before}: leave it out to go on with the '
-                               'run, or name another --out_dir for a new one')
+            raise SettingError(f'{name} is {now}, but {out_dir}/ckpt.pt has {before}: leave it out to go on '
+                               'with the run, or name another --out_dir for a new one')
     if checkpoint['fingerprint'] != data:
-        raise SettingError(f"the data in {dataset} is not what this run was trained on (fingerprint {data[:12]}, the "
-                           f"run's {checkpoint['fingerprint'][:12]}): prepare it as before, or name another --out_dir")
+        raise SettingError(f"the data in {dataset} is not what this run was trained on (fingerprint "
+                           f"{data[:12]}, the run's {checkpoint['fingerprint'][:12]}): prepare it as before, "
+                           'or name another --out_dir')
 
 
 def watch_signals():
-    """Ctrl-C and SIGTERM put their number into the list returned, for the loop to see; a second Ctrl-C stops at
-    once.
+    """Ctrl-C and SIGTERM put their number into the list returned; a second Ctrl-C stops at once.
 
     torchrun hands a Ctrl-C on to processes that the terminal has told already: under it, one that follows
     within a second is the same one.
@@ -281,15 +284,15 @@ def resume_command():
 
 @contextlib.contextmanager
 def lost_ranks_told():
-    """One line instead of a traceback where an exchange with another rank fails because that one has ended."""
+    """One line, no traceback, where an exchange with another rank fails because that one has ended."""
     try:
         yield
     except RuntimeError as error:  # for gloo torch has no class of its own
         if not dist.is_initialized() or not (isinstance(error, dist.DistError) or 'gloo' in str(error)):
             raise
         if dist.get_rank() < 2:  # rank 0, and one more as rank 0 may be the one
-            print(f'train.py: another process of this run has ended, so rank {dist.get_rank()} stops; what was '
-                  f'saved is whole, go on with: {resume_command()}', file=sys.stderr)
+            print(f'train.py: another process of this run has ended, so rank {dist.get_rank()} stops; what '
+                  f'was saved is whole, go on with: {resume_command()}', file=sys.stderr)
         raise SystemExit(1) from None
 
 
@@ -315,14 +318,15 @@ def main():
     if tokenizer.vocab_size != train_split.meta['vocab_size']:
         raise UserError(f"the tokenizer in {folder} has a vocabulary of {tokenizer.vocab_size}, meta.json "
                         f"says {train_split.meta['vocab_size']}: {PREPARE}")
-    batches = Batches(train_split, block_size, batch_size * gradient_accumulation_steps, seed, rank, world_size)
+    sequences = batch_size * gradient_accumulation_steps
+    batches = Batches(train_split, block_size, sequences, seed, rank, world_size)
 
     # the model, its optimizers, and where a run to go on with stands
     out = Path(out_dir)
     held = any((out / name).exists() for name in ('ckpt.pt', 'best.pt'))
     if held and init_from != 'resume' and not overwrite:
-        raise SettingError(f'{out} holds another run: go on with it (--init_from resume), replace it (--overwrite), '
-                           'or name another folder (--out_dir)')
+        raise SettingError(f'{out} holds another run: go on with it (--init_from resume), replace it '
+                           '(--overwrite), or name another folder (--out_dir)')
     torch.manual_seed(seed)
     model = GPT(make_config(tokenizer.vocab_size)).to(place)
     optimizers = make_optimizers(model)
@@ -365,24 +369,26 @@ def main():
         for name in 'ckpt.pt.tmp', 'best.pt.tmp', 'metrics.jsonl.tmp':  # of a run killed while it saved
             (out / name).unlink(missing_ok=True)
         step_tokens = batches.sequences * block_size
-        print(f'{model.n_params():,} parameters on {world_size} {place.type} in {str(precision).split(".")[1]}; '
-              f'{train_split.n_tokens:,} training tokens ({tokenizer.encoding}), {step_tokens:,} a step, '
-              f'{max_iters * step_tokens / train_split.n_tokens:.2f} epochs')
+        print(f'{model.n_params():,} parameters on {world_size} {place.type} in '
+              f'{str(precision).split(".")[1]}; {train_split.n_tokens:,} training tokens '
+              f'({tokenizer.encoding}), {step_tokens:,} a step, '
+              f'{max_iters * step_tokens / train_split.n_tokens:.2f} epochs', flush=True)
 
     def record(**values):
         try:
             with open(out / 'metrics.jsonl', 'a') as file:
                 file.write(json.dumps(values) + '\n')
         except OSError as error:
-            raise UserError(f'cannot write {out}/metrics.jsonl ({error.strerror}): the last checkpoint is whole; '
-                            f'make room, then go on with: {resume_command()}') from None
+            raise UserError(f'cannot write {out}/metrics.jsonl ({error.strerror}): the last checkpoint is '
+                            f'whole; make room, then go on with: {resume_command()}') from None
 
     def save(name):
         save_checkpoint(out / name, {
             'model': model.state_dict(), 'config': asdict(model.config), 'tokenizer': tokenizer.state(),
             'settings': settings(globals()), 'iter': it, 'best_val_loss': best_val_loss,
             'optimizers': [opt.state_dict() for opt in optimizers], 'scaler': scaler.state_dict(),
-            'fingerprint': fingerprint(train_split.meta), 'infill_rate': train_split.meta.get('infill_rate', 0)})
+            'fingerprint': fingerprint(train_split.meta),
+            'infill_rate': train_split.meta.get('infill_rate', 0)})
 
     def stop():
         """Save, say how to go on, and exit as one stopped by a signal does."""
@@ -411,15 +417,17 @@ def main():
                 eval_start = time.perf_counter()
                 model.eval()
                 with context:
-                    result = evaluate(fast, val_split, block_size, batch_size, eval_iters, place, rank, world_size,
-                                      lambda: bool(caught))
+                    result = evaluate(fast, val_split, block_size, batch_size, eval_iters, place, rank,
+                                      world_size, lambda: bool(caught))
                 if result is None:
                     stop()
                 if master:
-                    print(f"step {it}: validation loss {result['val_loss']:.4f}, perplexity {result['val_ppl']:.2f}, "
-                          f"{result['val_bpb']:.4f} bits per byte, accuracy {result['val_acc']:.1%}"
+                    print(f"step {it}: validation loss {result['val_loss']:.4f}, "
+                          f"perplexity {result['val_ppl']:.2f}, {result['val_bpb']:.4f} bits per byte, "
+                          f"accuracy {result['val_acc']:.1%}"
                           + (f", middles {result['val_middle_loss']:.4f}, with another story's end "
-                             f"{result['val_middle_loss_other_end']:.4f}" if 'val_middle_loss' in result else ''))
+                             f"{result['val_middle_loss_other_end']:.4f}"
+                             if 'val_middle_loss' in result else ''))
                     record(iter=it, **result)
                     if result['val_loss'] < best_val_loss:
                         best_val_loss = result['val_loss']
@@ -456,9 +464,9 @@ def main():
             loss, stopping = shared[0].item() / world_size, shared[1].item()
             grad_norm = grad_norm.item()
             if not math.isfinite(loss) or not (math.isfinite(grad_norm) or scaler.is_enabled()):
-                raise UserError(f'step {it}: the loss is {loss}, the gradient norm {grad_norm}; the last good '
-                                f'weights are in {out}/ckpt.pt. Go on with a lower --learning_rate or --dtype '
-                                f'float32: {resume_command()}')
+                raise UserError(f'step {it}: the loss is {loss}, the gradient norm {grad_norm}; the last '
+                                f'good weights are in {out}/ckpt.pt. Go on with a lower --learning_rate or '
+                                f'--dtype float32: {resume_command()}')
             skipped += not math.isfinite(grad_norm)
             for opt in optimizers:
                 scaler.step(opt)
@@ -481,7 +489,8 @@ def main():
                 stop()
 
     if master:
-        print(f'done: best validation loss {best_val_loss:.4f}; write stories with: python sample.py --out_dir {out}')
+        print(f'done: best validation loss {best_val_loss:.4f}; write stories with: '
+              f'python sample.py --out_dir {out}')
     if world_size > 1:
         dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""GPT-2's tokens in the Transformer of 2017: sinusoidal positions, ReLU, LayerNorm before each sublayer, dropout.
+"""GPT-2's tokens in the Transformer of 2017: sinusoidal positions, ReLU, LayerNorm first, dropout.
 
 89.3M parameters at gpt2's 50,259 tokens, 51.5M of them in the embedding and the head, which are not tied.
 

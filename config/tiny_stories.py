@@ -1,4 +1,6 @@
-"""The real TinyStories on one GPU: 25.5M parameters with characters, 27.4M with bpe's 4,096 tokens, 51.0M with gpt2's.
+"""The real TinyStories on one GPU.
+
+25.5M parameters with characters, 27.4M with bpe's 4,096 tokens, 51.0M with gpt2's 50,259.
 
     python data/tiny_stories/prepare.py
     python train.py config/tiny_stories.py --device cuda

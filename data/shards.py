@@ -118,8 +118,8 @@ class Split:
             offset = start - self.starts[i]
             part = self.shards[i][offset:offset + length]
             if len(part) and part.max() >= self.meta['vocab_size']:
-                raise UserError(f"{self.folder / self.names[i]} has token {part.max()}, beyond the vocabulary of "
-                                f"{self.meta['vocab_size']}: {PREPARE}")
+                raise UserError(f"{self.folder / self.names[i]} has token {part.max()}, beyond the "
+                                f"vocabulary of {self.meta['vocab_size']}: {PREPARE}")
             parts.append(part)
             start, length, i = start + len(part), length - len(part), i + 1
         return np.concatenate(parts)
@@ -167,5 +167,5 @@ class Batches:
         return out
 
     def __call__(self, step):
-        """Inputs and targets of this rank's share of `step`: int64 (sequences / world_size, block_size) each."""
+        """Inputs and targets of this rank's share of `step`: int64 (sequences / world_size, block_size)."""
         return self.split.windows(self.indices(step)[self.rows], self.block_size)

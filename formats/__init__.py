@@ -33,7 +33,7 @@ def load_foreign(path):
         config, weights, tokenizer = (bare if bare.is_bare(path) else hf).load(path)
     else:
         raise UserError(f'{path} is no model to begin with: name a Hugging Face folder (with config.json), '
-                        'a llama2.c model (.bin, with tokenizer.bin beside it), or a run of ours (with best.pt)')
+                        'a llama2.c model (.bin, tokenizer.bin beside it), or a run of ours (with best.pt)')
     with torch.device('meta'):
         expected = GPT(config).state_dict()
     for name in expected.keys() | weights.keys():

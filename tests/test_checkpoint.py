@@ -9,8 +9,13 @@ import checkpoint
 from checkpoint import load_checkpoint, save_checkpoint
 from configurator import UserError
 
-STATE = {'model': {'w': torch.arange(1000.0)}, 'config': {'n_layer': 2}, 'tokenizer': {'files': {'a': b'\0\xff'}},
-         'settings': {'seed': 1}, 'iter': 7}
+STATE = {
+    'model': {'w': torch.arange(1000.0)},
+    'config': {'n_layer': 2},
+    'tokenizer': {'files': {'a': b'\0\xff'}},
+    'settings': {'seed': 1},
+    'iter': 7,
+}
 
 
 def test_what_is_saved_is_loaded(tmp_path):
@@ -57,7 +62,7 @@ def test_damage_is_named_and_so_is_what_else_there_is(tmp_path, harm):
     data = bytearray((tmp_path / 'ckpt.pt').read_bytes())
     weights = bytes(data).index(STATE['model']['w'].numpy().tobytes())
     if harm == 'truncated':
-        data = data[:len(data) // 2]
+        data = data[: len(data) // 2]
     elif harm == 'flipped':
         data[weights + 100] ^= 4
     else:

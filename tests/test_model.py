@@ -21,7 +21,9 @@ CASES = [
 
 def small(**choices):
     torch.manual_seed(1)
-    model = GPT(GPTConfig(**{'block_size': 16, 'vocab_size': 23, 'n_layer': 2, 'n_head': 4, 'n_embd': 32} | choices))
+    model = GPT(
+        GPTConfig(**{'block_size': 16, 'vocab_size': 23, 'n_layer': 2, 'n_head': 4, 'n_embd': 32} | choices)
+    )
     with torch.no_grad():  # weights far from their initial scale, so that every term shows
         for p in model.parameters():
             p.add_(0.2 * torch.randn_like(p))
@@ -32,7 +34,9 @@ def naive_norm(x, weights, name, config):
     if config.norm == 'rms':
         x = x / (x.pow(2).mean(-1, keepdim=True) + config.norm_eps).sqrt()
     else:
-        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + config.norm_eps).sqrt()
+        x = (x - x.mean(-1, keepdim=True)) / (
+            x.var(-1, keepdim=True, unbiased=False) + config.norm_eps
+        ).sqrt()
     return x * weights[name + '.weight'] + weights.get(name + '.bias', 0)
 
 
@@ -41,7 +45,7 @@ def naive_linear(x, weights, name):
 
 
 def naive_rope(x, config):
-    """x: (T, head_dim). Each pair (i, i + half) is a complex number, turned by position * theta^(-i / half)."""
+    """x: (T, head_dim). Each pair (i, i + half) is a complex number, turned by t * theta^(-i / half)."""
     half = x.size(1) // 2
     out = x.clone()
     for t, i in itertools.product(range(x.size(0)), range(half)):
@@ -56,7 +60,7 @@ def naive_logits(model, tokens):
     config, weights = model.config, model.state_dict()
     x = weights['embedding.weight'][tokens]
     if config.position == 'learned':
-        x = x + weights['position.weight'][:len(tokens)]
+        x = x + weights['position.weight'][: len(tokens)]
     if config.position == 'sinusoidal':
         x = x * math.sqrt(config.n_embd)
         for t, i in itertools.product(range(len(tokens)), range(config.n_embd)):
@@ -69,8 +73,8 @@ def naive_logits(model, tokens):
         heads = []
         for head in range(config.n_head):
             group = head // (config.n_head // config.n_kv_head)
-            qh = q[:, head * width:(head + 1) * width]
-            kh, vh = (t[:, group * width:(group + 1) * width] for t in (k, v))
+            qh = q[:, head * width : (head + 1) * width]
+            kh, vh = (t[:, group * width : (group + 1) * width] for t in (k, v))
             if config.qk_norm:
                 qh = naive_norm(qh, weights, block + 'attn.q_norm', config)
                 kh = naive_norm(kh, weights, block + 'attn.k_norm', config)
@@ -78,8 +82,8 @@ def naive_logits(model, tokens):
                 qh, kh = naive_rope(qh, config), naive_rope(kh, config)
             rows = []
             for t in range(len(tokens)):
-                attention = (kh[:t + 1] @ qh[t] / math.sqrt(width)).softmax(0)
-                rows.append(attention @ vh[:t + 1])
+                attention = (kh[: t + 1] @ qh[t] / math.sqrt(width)).softmax(0)
+                rows.append(attention @ vh[: t + 1])
             heads.append(torch.stack(rows))
         x = x + naive_linear(torch.cat(heads, 1), weights, block + 'attn.proj')
         h = naive_norm(x, weights, block + 'mlp_norm', config)
@@ -88,7 +92,7 @@ def naive_logits(model, tokens):
             gate = naive_linear(h, weights, block + 'mlp.gate')
             up = gate * torch.sigmoid(gate) * up
         elif config.mlp == 'gelu':
-            up = 0.5 * up * (1 + torch.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up ** 3)))
+            up = 0.5 * up * (1 + torch.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)))
         else:
             up = up.clamp(min=0) ** (2 if config.mlp == 'relu2' else 1)
         x = x + naive_linear(up, weights, block + 'mlp.proj')
@@ -212,12 +216,22 @@ def test_n_params_of_known_models():
         assert GPT(gpt2).n_params() == 124_439_808
 
 
-@pytest.mark.parametrize('choices, named', [
-    ({'n_embd': 30}, 'n_head'), ({'n_kv_head': 3}, 'n_kv_head'), ({'norm': 'batch'}, 'rms, layer'), ({'mlp': ''}, 'mlp'),
-    ({'position': 'none'}, 'position'), ({'dropout': 1.0}, 'dropout'), ({'n_layer': 0}, 'n_layer'),
-    ({'n_head': 32}, 'even'), ({'block_size': -1}, 'block_size'), ({'mlp_width': -8}, 'mlp_width'),
-    ({'norm_eps': 0.0}, 'norm_eps'),
-])
+@pytest.mark.parametrize(
+    'choices, named',
+    [
+        ({'n_embd': 30}, 'n_head'),
+        ({'n_kv_head': 3}, 'n_kv_head'),
+        ({'norm': 'batch'}, 'rms, layer'),
+        ({'mlp': ''}, 'mlp'),
+        ({'position': 'none'}, 'position'),
+        ({'dropout': 1.0}, 'dropout'),
+        ({'n_layer': 0}, 'n_layer'),
+        ({'n_head': 32}, 'even'),
+        ({'block_size': -1}, 'block_size'),
+        ({'mlp_width': -8}, 'mlp_width'),
+        ({'norm_eps': 0.0}, 'norm_eps'),
+    ],
+)
 def test_choices_that_make_no_model_are_refused(choices, named):
     with pytest.raises(ValueError, match=named):
         GPTConfig(**{'n_head': 4, 'n_embd': 32} | choices)

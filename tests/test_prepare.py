@@ -295,7 +295,8 @@ def test_mistakes_in_sources(tmp_path, prepared, make, expected):
 
 
 @pytest.mark.parametrize('settings', [
-    {'encoding_type': 'word'}, {'encoding_type': 'char', 'vocab_size': 8000}, {'encoding_type': 'bpe', 'vocab_size': 65_537},
+    {'encoding_type': 'word'}, {'encoding_type': 'char', 'vocab_size': 8000},
+    {'encoding_type': 'bpe', 'vocab_size': 65_537},
     {'encoding_type': 'bpe', 'vocab_size': -1}, {'data_percentage': 0.0}, {'data_percentage': 101.0},
     {'val_percentage': 0.0}, {'val_percentage': 100.0}, {'num_proc': -1},
 ])

@@ -18,7 +18,12 @@ def prepare(folder, train=TOKENS, val=TOKENS[:100], shard_tokens=400, **changes)
         writer = ShardWriter(folder, split, shard_tokens)
         for part in np.array_split(tokens, 7):
             writer.write(part)
-        splits[split] = {'stories': 1, 'tokens': len(tokens), 'bytes': 3 * len(tokens), 'shards': writer.close()}
+        splits[split] = {
+            'stories': 1,
+            'tokens': len(tokens),
+            'bytes': 3 * len(tokens),
+            'shards': writer.close(),
+        }
     meta = {'encoding': 'char', 'vocab_size': 60_000, 'splits': splits} | changes
     (folder / 'meta.json').write_text(json.dumps(meta))
     return meta
@@ -28,7 +33,10 @@ def test_a_reader_that_knows_only_uint16_reads_them(tmp_path):
     meta = prepare(tmp_path)
     shards = meta['splits']['train']['shards']
     assert [(shard['name'], shard['tokens']) for shard in shards] == [
-        ('train_00000.bin', 400), ('train_00001.bin', 400), ('train_00002.bin', 203)]
+        ('train_00000.bin', 400),
+        ('train_00001.bin', 400),
+        ('train_00002.bin', 203),
+    ]
     read = np.concatenate([np.fromfile(tmp_path / shard['name'], '<u2') for shard in shards])
     assert np.array_equal(read, TOKENS)
     for shard in shards:
@@ -40,13 +48,15 @@ def test_a_split_is_one_stream_across_its_shards(tmp_path):
     split = Split(tmp_path, 'train')
     assert split.n_tokens == 1003 and split.n_bytes == 3009
     for start, length in (0, 5), (390, 20), (395, 500), (1000, 10), (0, 2000):
-        assert np.array_equal(split.read(start, length), TOKENS[start:start + length])
+        assert np.array_equal(split.read(start, length), TOKENS[start : start + length])
 
 
 def test_windows_have_their_targets_one_further_and_minus_one_beyond_the_end(tmp_path):
     prepare(tmp_path)
     x, y = Split(tmp_path, 'train').windows([0, 61, 62, 63], 16)
-    assert np.array_equal(x[1], TOKENS[61 * 16:62 * 16]) and np.array_equal(y[1], TOKENS[61 * 16 + 1:62 * 16 + 1])
+    assert np.array_equal(x[1], TOKENS[61 * 16 : 62 * 16]) and np.array_equal(
+        y[1], TOKENS[61 * 16 + 1 : 62 * 16 + 1]
+    )
     assert np.array_equal(y[2, :10], TOKENS[993:]) and (y[2, 10:] == -1).all()  # 992 + 16 > 1003
     assert (y[3] == -1).all()
 
@@ -57,12 +67,12 @@ def test_each_epoch_has_every_window_once(tmp_path, sequences):
     batches = Batches(Split(tmp_path, 'train'), 16, sequences, seed=7)
     n = 62  # (1003 - 1) // 16
     stream = np.concatenate([batches.indices(step) for step in range(3 * n // sequences + 1)])
-    epochs = [stream[i * n:(i + 1) * n] for i in range(3)]
+    epochs = [stream[i * n : (i + 1) * n] for i in range(3)]
     for epoch in epochs:
         assert sorted(epoch) == list(range(n))
     assert not np.array_equal(epochs[0], epochs[1])
     fresh = Batches(batches.split, 16, sequences, seed=7)
-    assert np.array_equal(fresh.indices(1), stream[sequences:2 * sequences])  # no memory of earlier steps
+    assert np.array_equal(fresh.indices(1), stream[sequences : 2 * sequences])  # no memory of earlier steps
     assert not np.array_equal(Batches(batches.split, 16, sequences, seed=8).indices(0), stream[:sequences])
 
 
@@ -90,17 +100,24 @@ def truncate(folder):
         file.truncate(700)
 
 
-@pytest.mark.parametrize('harm, named', [
-    (lambda folder: (folder / 'meta.json').unlink(), 'prepare.py'),
-    (lambda folder: (folder / 'meta.json').write_text('{'), 'meta.json is damaged'),
-    (lambda folder: (folder / 'meta.json').write_text('{"encoding": "char"}'), 'meta.json is damaged'),
-    (lambda folder: (folder / 'train_00001.bin').unlink(), 'train_00001.bin is missing'),
-    (truncate, '700 bytes; meta.json says 400 tokens, 800 bytes'),
-    (lambda folder: prepare(folder, vocab_size=50_000), 'beyond the vocabulary of 50000'),
-    (lambda folder: prepare(folder, train=TOKENS[:16]), 'fewer than one window of 16'),
-    (lambda folder: (folder / 'meta.json').write_text(
-        (folder / 'meta.json').read_text().replace('train_00000', '../train_00000')), 'not a plain file name'),
-])
+@pytest.mark.parametrize(
+    'harm, named',
+    [
+        (lambda folder: (folder / 'meta.json').unlink(), 'prepare.py'),
+        (lambda folder: (folder / 'meta.json').write_text('{'), 'meta.json is damaged'),
+        (lambda folder: (folder / 'meta.json').write_text('{"encoding": "char"}'), 'meta.json is damaged'),
+        (lambda folder: (folder / 'train_00001.bin').unlink(), 'train_00001.bin is missing'),
+        (truncate, '700 bytes; meta.json says 400 tokens, 800 bytes'),
+        (lambda folder: prepare(folder, vocab_size=50_000), 'beyond the vocabulary of 50000'),
+        (lambda folder: prepare(folder, train=TOKENS[:16]), 'fewer than one window of 16'),
+        (
+            lambda folder: (folder / 'meta.json').write_text(
+                (folder / 'meta.json').read_text().replace('train_00000', '../train_00000')
+            ),
+            'not a plain file name',
+        ),
+    ],
+)
 def test_damage_is_refused_with_its_name(tmp_path, harm, named):
     prepare(tmp_path)
     harm(tmp_path)

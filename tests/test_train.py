@@ -10,17 +10,28 @@ import torch
 
 import train
 from checkpoint import load_checkpoint
-from configurator import SettingError
+from configurator import SettingError, configure
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parent.parent
-TINY = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=64', '--batch_size=4', '--max_iters=12',
-        '--eval_interval=6', '--log_interval=1', '--device=cpu', '--dtype=float32']
+TINY = [
+    '--n_layer=2',
+    '--n_head=2',
+    '--n_embd=32',
+    '--block_size=64',
+    '--batch_size=4',
+    '--max_iters=12',
+    '--eval_interval=6',
+    '--log_interval=1',
+    '--device=cpu',
+    '--dtype=float32',
+]
 
 
 def script(*words, cwd=ROOT, status=0):
     """Run a script as a user does; returns the finished process."""
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=cwd, capture_output=True, text=True, timeout=120)
+    words = [sys.executable, *map(str, words)]
+    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=120)
     assert done.returncode == status, done.stderr
     return done
 
@@ -41,7 +52,9 @@ def test_the_learning_rate_at_its_edges(settings):
 
 
 @pytest.mark.parametrize('optimizer', ['muon', 'adamw'])
-@pytest.mark.parametrize('choices', [{}, {'norm': 'layer', 'position': 'learned', 'bias': True, 'tie_embeddings': False}])
+@pytest.mark.parametrize(
+    'choices', [{}, {'norm': 'layer', 'position': 'learned', 'bias': True, 'tie_embeddings': False}]
+)
 def test_every_parameter_has_one_optimizer(settings, optimizer, choices):
     settings(optimizer=optimizer)
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=8, **choices))
@@ -53,10 +66,17 @@ def test_every_parameter_has_one_optimizer(settings, optimizer, choices):
             for p in group['params']:
                 assert (group['weight_decay'] > 0) == (p.dim() == 2)
     names = {id(p): name for name, p in model.named_parameters()}
-    by_muon = {names[id(p)] for opt in optimizers if isinstance(opt, torch.optim.Muon)
-               for group in opt.param_groups for p in group['params']}
-    matrices = {f'blocks.0.{name}.weight' for name in
-                ('attn.q', 'attn.k', 'attn.v', 'attn.proj', 'mlp.up', 'mlp.gate', 'mlp.proj')}
+    by_muon = {
+        names[id(p)]
+        for opt in optimizers
+        if isinstance(opt, torch.optim.Muon)
+        for group in opt.param_groups
+        for p in group['params']
+    }
+    matrices = {
+        f'blocks.0.{name}.weight'
+        for name in ('attn.q', 'attn.k', 'attn.v', 'attn.proj', 'mlp.up', 'mlp.gate', 'mlp.proj')
+    }
     assert by_muon == (matrices if optimizer == 'muon' else set())
 
 
@@ -83,7 +103,10 @@ def test_metrics_go_on_from_the_step(tmp_path):
 def run(tmp_path_factory):
     """A prepared folder and a trained one."""
     folder = tmp_path_factory.mktemp('run')
-    lines = [f'Once there was a dog number {i}. It ran to the tree. The dog was happy.\n<|endoftext|>\n' for i in range(300)]
+    lines = [
+        f'Once there was a dog number {i}. It ran to the tree. It was happy.\n<|endoftext|>\n'
+        for i in range(300)
+    ]
     (folder / 'stories.txt').write_text(''.join(lines))
     script('data/tiny_stories/prepare.py', '--source', folder / 'stories.txt', '--out_dir', folder / 'data')
     done = script('train.py', '--dataset', folder / 'data', '--out_dir', folder / 'out', *TINY)
@@ -118,14 +141,21 @@ def test_a_run_is_not_overwritten_unless_told(run):
     assert load_checkpoint(folder / 'out' / 'ckpt.pt')['iter'] == 12
 
 
-@pytest.mark.parametrize('extra', [[], ['--dropout=0.2', '--gradient_accumulation_steps=2']], ids=['plain', 'dropout'])
+@pytest.mark.parametrize(
+    'extra', [[], ['--dropout=0.2', '--gradient_accumulation_steps=2']], ids=['plain', 'dropout']
+)
 def test_a_resumed_run_is_the_unbroken_one(run, tmp_path, extra):
-    """Stopped at step 4 by a shorter run? No: the schedule would differ. It is stopped by a signal, wherever that falls."""
+    """It is stopped by a signal, wherever that falls: a shorter run would have another schedule."""
     folder, _ = run
-    words = ['train.py', '--dataset', folder / 'data', *TINY, '--max_iters=60', *extra]
+    words = ['train.py', '--dataset', folder / 'data', *TINY, '--max_iters=60', '--eval_interval=20', *extra]
     script(*words, '--out_dir', tmp_path / 'whole')
-    process = subprocess.Popen([sys.executable, *map(str, words), '--out_dir', tmp_path / 'broken'], cwd=ROOT,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, *map(str, words), '--out_dir', tmp_path / 'broken'],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     for line in process.stdout:
         if line.startswith('step 9/'):
             process.terminate()
@@ -141,7 +171,17 @@ def test_a_resumed_run_is_the_unbroken_one(run, tmp_path, extra):
 
 def test_stories_need_the_checkpoint_alone(run, tmp_path):
     folder, _ = run
-    words = [ROOT / 'sample.py', '--out_dir', folder / 'out', '--num_samples', '4', '--max_new_tokens', '50', '--seed', '5']
+    words = [
+        ROOT / 'sample.py',
+        '--out_dir',
+        folder / 'out',
+        '--num_samples',
+        '4',
+        '--max_new_tokens',
+        '50',
+        '--seed',
+        '5',
+    ]
     (folder / 'data').rename(tmp_path / 'away')
     try:
         done = script(*words, '--start', 'Once there', cwd=tmp_path)
@@ -152,33 +192,10 @@ def test_stories_need_the_checkpoint_alone(run, tmp_path):
     assert script(*words, '--start', 'Once there').stdout == done.stdout
     assert script(*words[:-1], '6', '--start', 'Once there').stdout != done.stdout
     (tmp_path / 'start.txt').write_text('A dog')
-    greedy = script(*words, '--start', f'FILE:{tmp_path}/start.txt', '--temperature', '0', '--ckpt', 'last').stdout
+    greedy = script(
+        *words, '--start', f'FILE:{tmp_path}/start.txt', '--temperature', '0', '--ckpt', 'last'
+    ).stdout
     assert len(set(greedy.strip().split('\n---\n'))) == 1 and greedy.startswith('A dog')
-
-
-@pytest.mark.parametrize('words, status, named', [
-    (['--top_p', '2'], 2, 'top_p'), (['--ckpt', 'old'], 2, 'ckpt'), (['--device', 'cuda:9'], 2, 'cuda:9'),
-    (['--start', 'long ' * 100], 1, 'context of 64'), (['--start', 'FILE:nowhere.txt'], 1, 'nowhere.txt'),
-    (['--out_dir', 'nowhere'], 1, 'nowhere/best.pt'), (['--num_samples', '0'], 2, 'num_samples'),
-])
-def test_mistakes_in_sampling_are_one_line(run, words, status, named):
-    folder, _ = run
-    done = script('sample.py', '--out_dir', folder / 'out', *words, status=status)
-    assert done.stderr.count('\n') == 1 and named in done.stderr and not done.stdout
-
-
-@pytest.mark.parametrize('words, status, named', [
-    (['--n_embd', '30', '--n_head', '4'], 2, 'n_head'), (['--batch_size', '0'], 2, 'batch_size'),
-    (['--optimizer', 'sgd'], 2, 'muon or adamw'), (['--dtype', 'int8'], 2, 'float32, bfloat16'),
-    (['--init_from', 'resume'], 1, 'train first'), (['--init_from', 'gpt3'], 1, 'no model to begin with'),
-    (['--dataset', 'nowhere'], 1, 'prepare.py'), (['--block_size', '100000'], 1, 'fewer than one window'),
-    (['--compile', 'yes'], 2, 'compile'), (['--device', 'tpu'], 2, 'tpu'),
-])
-def test_mistakes_in_training_are_one_line(run, tmp_path, words, status, named):
-    folder, _ = run
-    done = script('train.py', '--dataset', folder / 'data', '--out_dir', tmp_path / 'out', *words, status=status)
-    assert done.stderr.count('\n') == 1 and named in done.stderr
-    assert not (tmp_path / 'out').exists()
 
 
 def test_another_model_or_other_data_is_not_gone_on_with(run, tmp_path):
@@ -186,26 +203,56 @@ def test_another_model_or_other_data_is_not_gone_on_with(run, tmp_path):
     resume = ['train.py', '--init_from', 'resume', '--out_dir', folder / 'out']
     assert 'n_embd is 64, but' in script(*resume, '--n_embd', '64', status=2).stderr
     (tmp_path / 'stories.txt').write_text('One story.<|endoftext|>Another story.<|endoftext|>' * 50)
-    script('data/tiny_stories/prepare.py', '--source', tmp_path / 'stories.txt', '--out_dir', tmp_path / 'data',
-           '--tokenizer', folder / 'out')
+    script(
+        'data/tiny_stories/prepare.py',
+        '--source',
+        tmp_path / 'stories.txt',
+        '--out_dir',
+        tmp_path / 'data',
+        '--tokenizer',
+        folder / 'out',
+    )
     assert 'fingerprint' in script(*resume, '--dataset', tmp_path / 'data', status=2).stderr
 
 
-def test_configs_are_readable_and_their_models_as_large_as_they_say():
-    script('train.py', 'config/quickstart.py', '--help')
-    for path in sorted((ROOT / 'config').iterdir()):
-        script('train.py', '--dataset', 'nowhere', path, status=1)
+@pytest.mark.parametrize(
+    'config, vocab_size, millions',
+    [('quickstart.py', 1536, 1.0), ('tiny_stories.py', 350, 25.5), ('tiny_stories.py', 4096, 27.4),
+     ('tiny_stories.py', 50259, 51.0), ('char_1m.json', 350, 0.97), ('gpt2_89m.py', 50259, 89.3),
+     ('infill.py', 4096, 15.7), ('quickstart_infill.py', 1536, 1.0)],
+)
+def test_configs_make_models_as_large_as_they_say(settings, config, vocab_size, millions):
+    chosen = dict(vars(train))
+    configure(chosen, [str(ROOT / 'config' / config)])
+    settings(**{name: chosen[name] for name in train.settings(vars(train))})
+    train.check_settings(1)
+    with torch.device('meta'):
+        assert GPT(train.make_config(vocab_size)).n_params() / 1e6 == pytest.approx(millions, rel=0.01)
 
 
 def test_a_model_is_tuned_from_where_it_stands(run, tmp_path):
     folder, _ = run
-    words = ['train.py', '--init_from', folder / 'out', '--out_dir', tmp_path / 'tuned', '--max_iters=2', '--device=cpu',
-             '--dtype=float32', '--batch_size=4']
+    words = [
+        'train.py',
+        '--init_from',
+        folder / 'out',
+        '--out_dir',
+        tmp_path / 'tuned',
+        '--max_iters=2',
+        '--device=cpu',
+        '--dtype=float32',
+        '--batch_size=4',
+    ]
     script(*words, '--dataset', folder / 'data')
     best = min(line['val_loss'] for line in metrics(folder / 'out') if 'val_loss' in line)
     assert metrics(tmp_path / 'tuned')[0]['val_loss'] == pytest.approx(best, rel=1e-6)
     (tmp_path / 'stories.txt').write_text('Other letters: xyz.<|endoftext|>A story.<|endoftext|>' * 50)
-    script('data/tiny_stories/prepare.py', '--source', tmp_path / 'stories.txt', '--out_dir', tmp_path / 'data')
+    script(
+        'data/tiny_stories/prepare.py', '--source', tmp_path / 'stories.txt', '--out_dir', tmp_path / 'data'
+    )
     done = script(*words, '--dataset', tmp_path / 'data', '--overwrite', status=1)
     assert f'--tokenizer {folder}/out' in done.stderr
-    assert 'n_layer is 3' in script(*words, '--dataset', folder / 'data', '--overwrite', '--n_layer=3', status=2).stderr
+    assert (
+        'n_layer is 3'
+        in script(*words, '--dataset', folder / 'data', '--overwrite', '--n_layer=3', status=2).stderr
+    )

@@ -31,13 +31,20 @@ from data import blocks, infill
 from data.shards import ShardWriter
 from data.sources import document, open_source
 from data.tiny_stories import sample_stories
-from data.tokenizer import BPETokenizer, CharTokenizer, GPT2Tokenizer, cut, open_tokenizer, tokenizer_from_state
+from data.tokenizer import (
+    BPETokenizer,
+    CharTokenizer,
+    GPT2Tokenizer,
+    cut,
+    open_tokenizer,
+    tokenizer_from_state,
+)
 from data.workers import in_order
 
 source = 'roneneldan/TinyStories'  # user/name on the hub, a local file or folder, or sample (built in)
 encoding_type = 'auto'  # char, bpe or gpt2; auto: bpe for the built-in corpus, char for all others
-# 4096 and not 30,000: at 288 wide, 30,000 rows of the embedding are 8.6M parameters, more than all the layers of
-# a 15M model; and the few words of these stories are nearly all whole tokens in 4096 rows already.
+# 4096 and not 30,000: at 288 wide, 30,000 rows of the embedding are 8.6M parameters, more than all layers
+# of a 15M model; and the few words of these stories are nearly all whole tokens in 4096 rows already.
 vocab_size = 0  # of bpe, the two infilling tokens counted; 0: 4096, and 1536 for the built-in corpus
 tokenizer = ''  # of a checkpoint, a prepared folder, a .model, a folder with GPT-2's, a published model
 data_percentage = 100.0  # of the stories to use; a smaller share is part of a larger one
