@@ -113,20 +113,6 @@ def test_training_beside_a_peer(tmp_path, nanogpt):
     assert sorted(path.name for path in nanogpt.iterdir()) == ['config', 'model.py']
 
 
-@pytest.mark.parametrize('words, status, message', [
-    ([], 2, 'what'),
-    (['--what=speed'], 2, 'time_to_loss'),
-    (['--what=train', '--shape=7B'], 2, '15M'),
-    (['--what=train', '--repeats=0'], 2, 'at least 1'),
-    (['--what=train', '--peer=tests'], 2, 'no checkout'),
-    (['--what=time_to_loss'], 2, '--text'),
-    (['--what=time_to_loss', '--text=README.md'], 2, '--peer'),
-])
-def test_mistakes_are_one_line(words, status, message):
-    done = run_bench(*words, status=status)
-    assert message in done.stderr and len(done.stderr.splitlines()) == 1
-
-
 def test_a_runner_that_is_not_compiled(tmp_path):
     (tmp_path / 'run.c').touch()
     assert 'gcc' in run_bench('--what=sample', '--peer', tmp_path, status=1).stderr

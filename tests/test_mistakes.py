@@ -17,7 +17,8 @@ from model import GPT, GPTConfig
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
-PREPARE, TRAIN, SAMPLE, EXPORT = 'data/tiny_stories/prepare.py', 'train.py', 'sample.py', 'export.py'
+PREPARE, TRAIN, SAMPLE, EXPORT, BENCH = (
+    'data/tiny_stories/prepare.py', 'train.py', 'sample.py', 'export.py', 'bench.py')
 GARBAGE = bytes(range(256)) * 8
 TEXT = '<|endoftext|>'.join(tiny.STORIES)
 
@@ -243,6 +244,13 @@ TABLE = [
     (EXPORT, '--format gguf --path to.gguf --ckpt old', 2, 'old best last', nothing),
     (EXPORT, '--format llama2c --path to --out_dir nowhere', 1, 'nowhere/best.pt --out_dir', nothing),
     (EXPORT, '--format llama2c --path to --out_dir out', 1, 'best.pt damaged', damaged('best.pt', flipped)),
+    (BENCH, '', 2, '--what time_to_loss', nothing),
+    (BENCH, '--what speed', 2, 'speed time_to_loss', nothing),
+    (BENCH, '--what train --shape 7B', 2, '7B 15M', nothing),
+    (BENCH, '--what train --repeats 0', 2, 'repeats least', nothing),
+    (BENCH, '--what train --peer data', 2, 'data checkout', nothing),
+    (BENCH, '--what time_to_loss', 2, '--text', nothing),
+    (BENCH, '--what time_to_loss --text data/meta.json', 2, '--peer', nothing),
 ]
 
 
@@ -259,7 +267,7 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, capfd, script, words, stat
     make()
     always = {TRAIN: ['--dataset=data', '--out_dir=new', *tiny.SETTINGS],
               PREPARE: ['--offline', '--out_dir=new'],
-              SAMPLE: ['--device=cpu'], EXPORT: []}[script]
+              SAMPLE: ['--device=cpu'], EXPORT: [], BENCH: []}[script]
     given = words.split()
     if '--init_from resume' in words:  # the run's own settings
         always = ['--device=cpu']
