@@ -1,4 +1,4 @@
-"""A small model in two and a half minutes on two CPU cores: 1.0M parameters at the corpus's 1,536 tokens.
+"""A small model in two minutes on two CPU cores: 1.0M parameters at the corpus's 1,536 tokens.
 
     python data/tiny_stories/prepare.py --source sample
     python train.py config/quickstart.py
@@ -13,8 +13,8 @@ n_head = 4
 n_embd = 128
 
 batch_size = 8
-max_iters = 1350
+max_iters = 1500
 warmup_iters = 20
 learning_rate = 0.01
-eval_interval = 450
+eval_interval = 500
 log_interval = 50
