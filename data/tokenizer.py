@@ -192,7 +192,9 @@ class BPETokenizer(Tokenizer):
                 **{'unk_id': 0, 'bos_id': 1, 'eos_id': 2, 'pad_id': -1},
                 minloglevel=3,
             )
-        except RuntimeError as error:
+        except (RuntimeError, SystemError) as error:
+            if 'KeyboardInterrupt' in f'{error} {error.__cause__!r}':  # sentencepiece wraps it
+                raise KeyboardInterrupt from None
             if 'sentences_.empty()' in str(error):
                 raise UserError('no text to learn a vocabulary from: every story is blank') from None
             bound = re.search(r'\d+ vs (\d+)|value <= (\d+)', str(error))

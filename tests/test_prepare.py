@@ -361,7 +361,7 @@ def test_killed_run_leaves_the_old_data_and_no_worker(tmp_path, prepared, number
     time.sleep(1)  # into the passes
     os.killpg(run.pid, number) if number == signal.SIGINT else run.send_signal(number)
     _, err = run.communicate(timeout=30)  # returns when all workers are gone too, as they share its stderr
-    assert run.returncode == status
+    assert run.returncode == status, err
     assert not err or number == signal.SIGKILL  # Python's own clean-up may speak then
     assert read(out) == old
 
