@@ -220,10 +220,6 @@ def run_ours(folder, val_text, max_iters, seed):
 
 
 def time_to_loss():
-    if not text:
-        raise SettingError('time_to_loss learns tiny Shakespeare: name its file with --text')
-    if peer_kind() != 'nanoGPT':
-        raise SettingError('time_to_loss compares with nanoGPT: name its checkout with --peer')
     whole = Path(text).read_text(encoding='utf-8')
     val_text = whole[int(0.9 * len(whole)):]
     chars = {char: i for i, char in enumerate(sorted(set(whole)))}
@@ -541,7 +537,11 @@ def main():
     for name in 'repeats', 'batch_size', 'steps':
         if globals()[name] < 1:
             raise SettingError(f'{name} is {globals()[name]}; it must be at least 1')
-    peer_kind()
+    kind = peer_kind()
+    if what == 'time_to_loss' and not text:
+        raise SettingError('time_to_loss learns tiny Shakespeare: name its file with --text')
+    if what == 'time_to_loss' and kind != 'nanoGPT':
+        raise SettingError('time_to_loss compares with nanoGPT: name its checkout with --peer')
     print(f'{what}, {repeats} rounds, torch {torch.__version__}, {torch.get_num_threads()} threads, '
           f'{os.cpu_count()} cores')
     figures = {'what': what} | globals()[what]()
