@@ -195,7 +195,8 @@ def test_stories_need_the_checkpoint_alone(run, tmp_path):
     greedy = script(
         *words, '--start', f'FILE:{tmp_path}/start.txt', '--temperature', '0', '--ckpt', 'last'
     ).stdout
-    assert greedy.startswith('A dog')
+    # only print's own line feed goes: a story that was cut may end in white space
+    assert len(set(greedy.removesuffix('\n').split('\n---\n'))) == 1 and greedy.startswith('A dog')
 
 
 def test_another_model_or_other_data_is_not_gone_on_with(run, tmp_path):
