@@ -1,6 +1,8 @@
 """Where to compute and how precisely: 'auto' settings decided, and what the hardware's peak is."""
 
 import contextlib
+import ctypes
+import sys
 
 import torch
 
@@ -54,6 +56,18 @@ def autocast(device, dtype):
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype)
+
+
+def keep_memory():
+    """Have the C library keep the memory of freed tensors for the next ones.
+
+    glibc gives large blocks back to the system at once, and each step then pays page faults to have them again.
+    Other libraries decide for themselves.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
+    if hasattr(libc, 'mallopt'):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
 def peak_flops(device):

@@ -144,7 +144,7 @@ class Attention(nn.Module):
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, head_dim)
         mask, causal = None, T > 1
         if cache is not None:
-            k, v = cache.append(self.layer, k.type_as(x), v)
+            k, v = cache.append(self.layer, k, v)
             if causal and cache.length:  # is_causal would align the wrong corner
                 mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(cache.length)
         dropout = self.config.dropout if self.training else 0.0
@@ -152,9 +152,9 @@ class Attention(nn.Module):
             y = plain_attention(q, k, v, dropout)
         else:
             y = F.scaled_dot_product_attention(
-                q, k, v.type_as(q), attn_mask=mask, is_causal=causal and mask is None, dropout_p=dropout,
-                enable_gqa=q.size(1) != k.size(1))
-        return self.proj(y.transpose(1, 2).reshape(B, T, C))
+                q.type_as(k), k, v.type_as(k), attn_mask=mask, is_causal=causal and mask is None,
+                dropout_p=dropout, enable_gqa=q.size(1) != k.size(1))
+        return self.proj(y.transpose(1, 2).reshape(B, T, C).type_as(x))
 
 
 class MLP(nn.Module):
@@ -188,6 +188,31 @@ class Block(nn.Module):
     def forward(self, x, rope, cache):
         x = x + self.dropout(self.attn(self.attn_norm(x), rope, cache))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class Int8Linear(nn.Module):
+    """A linear layer to write with on a CPU: int8 weights, a scale for each of its outputs, bfloat16 in and out."""
+
+    def __init__(self, linear):
+        super().__init__()
+        weight = linear.weight.detach().float()
+        scale = (weight.abs().amax(1) / 127).clamp(min=1e-12).bfloat16()
+        self.register_buffer('scale', scale)
+        self.register_buffer('weight', (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8))
+        self.bias = linear.bias
+
+    def forward(self, x):
+        y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale).unflatten(0, x.shape[:-1])
+        return y if self.bias is None else y + self.bias
+
+
+def to_int8(model):
+    """The model in bfloat16, its linear layers (of a width that 32 divides) replaced by int8 ones; returns it."""
+    for module in [*model.bfloat16().modules()]:
+        for name, child in module.named_children():
+            if isinstance(child, nn.Linear) and child.in_features % 32 == 0:  # the kernel's unit
+                setattr(module, name, Int8Linear(child))
+    return model
 
 
 class GPT(nn.Module):
@@ -261,23 +286,27 @@ class GPT(nn.Module):
         return F.cross_entropy(self.lm_head(x).flatten(0, 1), targets.flatten(), ignore_index=-1)
 
     @torch.inference_mode()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=-1, seed=0):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=-1, never=(), seed=0):
         """Continue the prompts idx (B, T), T at most block_size; yields the next token of each, (B,).
 
         temperature 0 is greedy; top_k keeps the k likeliest tokens (0: all), top_p the smallest set of them
-        whose probability reaches p (Holtzman et al. 2019; 1: all). Ends after max_new_tokens, or when each
-        sequence has emitted `stop`; what a sequence emits after its `stop` means nothing. When the context is
-        full, its last half is prefilled anew.
+        whose probability reaches p (Holtzman et al. 2019; 1: all), and no token of `never` is drawn. Ends after
+        max_new_tokens, or when each sequence has emitted `stop`; what a sequence emits after its `stop` means
+        nothing. When the context is full, its last half is prefilled anew.
         """
         config, device = self.config, idx.device
-        cache = KVCache(config, idx.size(0), device, self.embedding.weight.dtype)
+        # On a CPU attention to 16-bit keys takes four times as long as to 32-bit ones.
+        dtype = torch.float32 if device.type == 'cpu' else self.embedding.weight.dtype
+        cache = KVCache(config, idx.size(0), device, dtype)
         generator = torch.Generator(device).manual_seed(seed)
+        never = torch.tensor(never, dtype=torch.long, device=device)
         context, ended = idx, torch.zeros(idx.size(0), dtype=torch.bool, device=device)
         for _ in range(max_new_tokens):
             if cache.length + idx.size(1) > config.block_size:
                 context = context[:, -max(config.block_size // 2, 1):]
                 idx, cache.length = context, 0
             logits = self(idx, cache=cache)[:, -1].float()
+            logits.index_fill_(-1, never, -math.inf)
             token = pick(logits, temperature, top_k, top_p, generator)
             yield token
             ended |= token == stop
@@ -291,12 +320,27 @@ def pick(logits, temperature, top_k, top_p, generator):
     """Draw one token id a row from logits (B, vocab_size); returns (B,)."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits / temperature
+    logits, kept = logits / temperature, None
     if 0 < top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+        logits, kept = logits.topk(top_k)
     probs = logits.softmax(-1)
     if top_p < 1:
-        ordered, order = probs.sort(-1, descending=True)
-        beyond = ordered.cumsum(-1) - ordered >= top_p  # the token that reaches top_p stays
-        probs = probs.masked_fill(beyond.gather(-1, order.argsort(-1)), 0.0)
-    return torch.multinomial(probs, 1, generator=generator)[:, 0]
+        # All below (1 - top_p) / vocab_size together make up less than 1 - top_p: only the rest need sorting.
+        likely = (probs * probs.size(-1) > 1 - top_p).sum(-1).max()
+        probs, order = probs.topk(likely.item())
+        kept = order if kept is None else kept.gather(-1, order)
+        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)  # what reaches top_p stays
+    if probs.device.type == 'cpu':  # multinomial draws a number for each id of the vocabulary; two will do
+        width = math.gcd(probs.size(-1), 256)
+        blocks = probs.unflatten(-1, (-1, width))
+        block = draw(blocks.sum(-1), generator)
+        drawn = block * width + draw(blocks[torch.arange(len(blocks)), block[:, 0]], generator)
+    else:
+        drawn = torch.multinomial(probs, 1, generator=generator)
+    return (drawn if kept is None else kept.gather(-1, drawn))[:, 0]
+
+
+def draw(weights, generator):
+    """Draw an index a row in proportion to weights (B, n), none below 0; returns (B, 1)."""
+    sums = weights.cumsum(-1)
+    return torch.searchsorted(sums, sums[:, -1:] * (1 - torch.rand(len(sums), 1, generator=generator)))

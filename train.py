@@ -30,7 +30,7 @@ from configurator import SettingError, UserError, configure, run, settings
 from data import infill
 from data.shards import PREPARE, Batches, Split, fingerprint
 from data.tokenizer import load_tokenizer
-from device import autocast, choose_device, choose_dtype, peak_flops
+from device import autocast, choose_device, choose_dtype, keep_memory, peak_flops
 from evaluate import evaluate
 from formats import open_model
 from model import GPT, GPTConfig
@@ -177,7 +177,8 @@ def sample_story(model, tokenizer, context, stopped):
     """One story from the model as it stands, for a person to see; cut short once stopped() is true."""
     prompt = torch.tensor([[tokenizer.delimiter]], device=next(model.parameters()).device)
     with context:
-        tokens = model.generate(prompt, block_size, 0.8, stop=tokenizer.delimiter, seed=seed)
+        tokens = model.generate(prompt, block_size, 0.8, stop=tokenizer.delimiter,
+                                never=(tokenizer.blank, tokenizer.middle), seed=seed)
         tokens = itertools.takewhile(lambda _: not stopped(), tokens)
         return infill.decode(tokenizer, [int(token) for token in tokens])
 
@@ -306,6 +307,7 @@ def main():
     if precision == torch.float16 and place.type == 'mps':
         raise SettingError('float16 does not train on mps: use --dtype float32 or bfloat16')
     context = autocast(place, precision)
+    keep_memory()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
     # the data

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from model import GPT, GPTConfig, KVCache, pick
+from model import GPT, GPTConfig, Int8Linear, KVCache, pick, to_int8
 
 GPT2_BLOCK = {'norm': 'layer', 'position': 'learned', 'mlp': 'gelu', 'bias': True}
 CASES = [
@@ -146,6 +146,36 @@ def test_generation_stops_when_every_sequence_has_stopped():
     assert max(stops) == tokens.size(1) - 1
 
 
+def test_tokens_of_never_are_not_drawn():
+    model, idx = small(), torch.randint(0, 23, (8, 2))
+    never = list(range(0, 20))
+    tokens = torch.stack(list(model.generate(idx, 30, temperature=3.0, never=never)))
+    assert set(tokens.flatten().tolist()) == {20, 21, 22}
+
+
+@pytest.mark.parametrize('rows', [1, 5])
+@pytest.mark.parametrize('bias', [False, True])
+def test_an_int8_layer_multiplies_by_its_rounded_weights(rows, bias):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 24, bias=bias)
+    with torch.no_grad():
+        linear.weight[3] = 0
+    layer, x = Int8Linear(linear), torch.randn(2, rows, 64).bfloat16()
+    rounded = layer.weight.float() * layer.scale.float()[:, None]
+    assert ((rounded - linear.weight).abs().amax(1) <= 0.51 * linear.weight.abs().amax(1) / 127).all()
+    expected = x.float() @ rounded.T + (linear.bias if bias else 0)
+    torch.testing.assert_close(layer(x).float(), expected, atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize('choices', CASES, ids=str)
+def test_an_int8_model_is_near_the_float32_one(choices):
+    model, idx = small(**choices), torch.randint(0, 23, (2, 16))
+    with torch.no_grad():
+        expected = model(idx)
+        logits = to_int8(model)(idx)
+    assert (logits - expected).norm() < 0.04 * expected.norm()
+
+
 def test_same_seed_same_tokens_and_another_seed_others():
     model, idx = small(), torch.randint(0, 23, (1, 2))
     draw = [torch.stack(list(model.generate(idx, 30, seed=seed))) for seed in (1, 1, 2)]
@@ -169,6 +199,23 @@ def test_pick_draws_from_the_kept_tokens_in_proportion():
     close(shares(top_p=0.4), [0.0, 0.0, 1.0, 0.0])
     close(shares(temperature=0.5), [1 / 30, 4 / 30, 16 / 30, 9 / 30])
     close(shares(temperature=0), [0.0, 0.0, 1.0, 0.0])
+
+
+@pytest.mark.parametrize('settings', [{}, {'top_p': 0.9}, {'top_k': 700, 'top_p': 0.7}], ids=str)
+def test_pick_keeps_to_the_smallest_set_of_a_large_vocabulary(settings):
+    """1024 ids are drawn from by blocks of 256; the reference sorts them all."""
+    torch.manual_seed(0)
+    logits, generator = torch.randn(1, 1024) * 2, torch.Generator().manual_seed(0)
+    settings = {'temperature': 0.7, 'top_k': 0, 'top_p': 1.0} | settings
+    ordered, order = (logits[0] / 0.7).sort(descending=True)
+    probs = ordered[:settings['top_k'] or None].double().softmax(0)
+    kept = int((probs.cumsum(0) < settings['top_p']).sum()) + 1
+    expected = torch.zeros(1024, dtype=torch.float64)
+    expected[order[:kept]] = probs[:kept] / probs[:kept].sum()
+    drawn = pick(logits.expand(100_000, -1), generator=generator, **settings)
+    counts = torch.bincount(drawn, minlength=1024)
+    assert (counts[expected == 0] == 0).all()
+    assert (counts - 100_000 * expected).square().sum() < 100_000 * 1.3  # 1 - sum(p^2) is its mean
 
 
 @pytest.mark.parametrize('choices', CASES, ids=str)
