@@ -34,14 +34,14 @@ import torch
 from torch.nn import functional as F
 
 from checkpoint import load_checkpoint, load_model, save_checkpoint
-from configurator import SettingError, UserError, configure, run
+from configurator import SettingError, UserError, configure, run, settings
 from data.shards import Batches, ShardWriter, Split
 from data.tiny_stories.sample_stories import stories
 from data.tokenizer import BPETokenizer, CharTokenizer, GPT2Tokenizer, load_tokenizer, open_tokenizer
-from device import autocast, choose_device, choose_dtype, peak_flops
+from device import DTYPES, autocast, choose_device, choose_dtype, keep_memory, peak_flops
 from evaluate import evaluate
 from formats.llama2c import Llama2c
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, to_int8
 
 what = ''  # time_to_loss, train, load, sample, memory or prepare
 peer = ''  # path of a checkout of nanoGPT or llama2.c; '': our figures alone
@@ -73,7 +73,8 @@ _NANOGPT = _SMALL | {'batch_size': 12, 'max_iters': 2000, 'lr_decay_iters': 2000
 # docs/experiments.md has what else was tried.
 _OURS = _SMALL | {'batch_size': 32, 'learning_rate': 0.03, 'warmup_iters': 3}
 _OUR_STEPS = 155  # to the target
-_COMPILE_RUN = 'gcc -Ofast -march=native -fopenmp run.c -lm -o run'
+_COMPILE = 'gcc', '-Ofast', '-march=native', '-fopenmp'  # llama2.c's `make runomp`
+_WRITING = {'vocab_size': 32000}  # in `sample`
 _TOKENS = 256  # written by each side of `sample`
 
 
@@ -107,6 +108,17 @@ def in_turn(sides):
         for name, side in sides.items():
             figures[name].append(side())
     return figures
+
+
+def alone(function, *args):
+    """function(*args) in a fresh process: its memory is its own, and no side inherits another's."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), take_settings,
+                             (settings(globals()),)) as pool:
+        return pool.submit(function, *args).result()
+
+
+def take_settings(values):
+    globals().update(values)
 
 
 def report(figures, unit):
@@ -352,6 +364,7 @@ def train():
               f'{needed / peak:.0%} of it')
     if peak_flops(place):
         print(f"MFU against the maker's peak: {needed / peak_flops(place):.1%}")
+    keep_memory()  # as train.py does, and the peer, which has run, does not
     where_time_goes(model.to(place), place, default, batch_size * model.config.block_size / rates['ours'])
     theirs = [rates[name] for name in list(rates)[1:]]
     ratios = dict(zip(('ratio', 'ratio_bfloat16'), (rates['ours'] / rate for rate in theirs), strict=False))
@@ -374,49 +387,59 @@ def load():
 # Writing
 
 
-def our_writing_rate(model, stories_at_once):
+def our_writing_rate(stories_at_once, dtype):
     """Tokens/s from the first to the last, all stories together."""
+    keep_memory()
+    model = GPT(GPTConfig(**_SHAPES[shape] | _WRITING)).eval()
+    model = to_int8(model) if dtype == 'int8' else model.to(DTYPES[dtype])
     prompt = torch.ones(stories_at_once, 1, dtype=torch.long)
     clock = [time.perf_counter() for _ in model.generate(prompt, _TOKENS)]
     return stories_at_once * (len(clock) - 1) / (clock[-1] - clock[0])
 
 
-def nanogpt_writing_rate(model):
+def nanogpt_writing_rate():
     """The same of nanoGPT's generate, by its forward passes, as it returns all tokens together."""
-    clock = []
-    hook = model.register_forward_hook(lambda *_: clock.append(time.perf_counter()))
+    sizes = _SHAPES[shape] | _WRITING
+    model, clock = peer_model(**{name: sizes[name] for name in _SIZES}).eval(), []
+    model.register_forward_hook(lambda *_: clock.append(time.perf_counter()))
     model.generate(torch.ones(1, 1, dtype=torch.long), _TOKENS, temperature=0.8, top_k=200)
-    hook.remove()
     return (len(clock) - 1) / (clock[-1] - clock[0])
+
+
+def build_run(folder):
+    """Compile llama2.c's `run` into `folder`, and write a model and a tokenizer for it."""
+    program = str(folder / 'run')
+    try:
+        subprocess.run([*_COMPILE, str(Path(peer) / 'run.c'), '-lm', '-o', program],
+                       check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = (getattr(error, 'stderr', '') or str(error)).strip().splitlines()[-1]
+        raise UserError(f"{' '.join(_COMPILE)} does not compile {peer}/run.c: {reason}") from None
+    model = GPT(GPTConfig(**_SHAPES[shape] | _WRITING))
+    checkpoint = {'config': asdict(model.config), 'model': model.state_dict()}
+    Llama2c().write(folder, checkpoint, alphabet(model.config.vocab_size))
 
 
 def run_writing_rate(folder):
     """What llama2.c's `run` says of itself."""
     words = ('-z', folder / 'tokenizer.bin', '-t', '1', '-p', '1', '-s', '1', '-n', str(_TOKENS))
-    done = subprocess.run([Path(peer).resolve() / 'run', folder / 'model.bin', *words], capture_output=True)
+    done = subprocess.run([folder / 'run', folder / 'model.bin', *words], capture_output=True)
     said = re.search(rb'tok/s: ([\d.]+)', done.stderr)
     if not said:
-        raise UserError(f'{peer}/run failed with status {done.returncode}: {done.stderr.decode()}')
+        raise UserError(f'{peer}/run.c failed with status {done.returncode}: {done.stderr.decode()}')
     return float(said[1])
 
 
 def sample():
-    if peer_kind() == 'llama2.c' and not (Path(peer) / 'run').is_file():
-        raise UserError(f'no {peer}/run; compile it there: {_COMPILE_RUN}')
-    shaped = _SHAPES[shape] | {'vocab_size': 32000}
-    models = {dtype: GPT(GPTConfig(**shaped)).to(dtype).eval() for dtype in (torch.float32, torch.bfloat16)}
-    sides = {f'{n} at once, {dtype}'.replace('torch.', ''): partial(our_writing_rate, model, n)
-             for n in (1, 32) for dtype, model in models.items()}
+    sides = {f'{n} at once, {dtype}': partial(alone, our_writing_rate, n, dtype)
+             for n in (1, 32) for dtype in ('float32', 'bfloat16', 'int8')}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         if peer_kind() == 'llama2.c':
-            model = models[torch.float32]
-            checkpoint = {'config': asdict(model.config), 'model': model.state_dict()}
-            Llama2c().write(folder, checkpoint, alphabet(model.config.vocab_size))
+            build_run(folder)
             sides["llama2.c's run"] = partial(run_writing_rate, folder)
         elif peer_kind() == 'nanoGPT':
-            theirs = peer_model(**{name: shaped[name] for name in _SIZES}).eval()
-            sides['nanoGPT'] = partial(nanogpt_writing_rate, theirs)
+            sides['nanoGPT'] = partial(alone, nanogpt_writing_rate)
         rates = report(in_turn(sides), 'tokens/s')
         quickstart_checkpoint(folder / 'best.pt')
         starts = report(in_turn({
@@ -424,11 +447,13 @@ def sample():
             'sample.py, 1 token': lambda: seconds_of(lambda: script(
                 'sample.py', f'--out_dir={folder}', '--num_samples=1', '--max_new_tokens=1', '--device=cpu')),
         }), 's')
-    single = max(rates[name] for name in rates if name.startswith('1 at once'))
-    many = max(rates[name] for name in rates if name.startswith('32 at once'))
-    print(f'32 stories at once: {many / single:.2f} times the single stream')
-    figures = {'tokens_per_s': rates, 'at_once_ratio': many / single, 'seconds_to_first_token': starts}
-    return figures | ({'ratio': single / rates[list(rates)[-1]]} if peer else {})
+    single, many = ({name.split()[-1]: rates[name] for name in rates if name.startswith(f'{n} at once')}
+                    for n in (1, 32))
+    at_once = max(many.values()) / max(single.values())
+    print(f'32 stories at once: {at_once:.2f} times the fastest single stream; in the same dtype: '
+          + ', '.join(f'{many[dtype] / single[dtype]:.2f} ({dtype})' for dtype in single))
+    figures = {'tokens_per_s': rates, 'at_once_ratio': at_once, 'seconds_to_first_token': starts}
+    return figures | ({'ratio': max(single.values()) / rates[list(rates)[-1]]} if peer else {})
 
 
 def quickstart_checkpoint(path):
@@ -442,20 +467,21 @@ def quickstart_checkpoint(path):
 # Memory
 
 
-def loss_memory(sequences, chunked):
+def loss_memory(how, dtype):
     """(loss, peak MB, seconds) of a forward and backward pass with GPT-2's vocabulary, of a fresh process."""
+    keep_memory()
     torch.manual_seed(0)
     model = GPT(GPTConfig(**_SHAPES['15M'] | {'vocab_size': 50259}))
-    idx = torch.randint(50259, (sequences, model.config.block_size + 1))
-    model.lm_head, head = torch.nn.Identity(), model.lm_head  # the model now gives what goes into the head
-    options = torch.nn.LinearCrossEntropyOptions() if chunked else None
+    model.max_logits = 2**26 if how == 'in parts' else 2**62
+    if how == "torch's":
+        options, cast = torch.nn.LinearCrossEntropyOptions(), DTYPES[dtype]
+        model.summed_loss = lambda x, targets: F.linear_cross_entropy(
+            x.to(cast), model.lm_head.weight.to(cast), targets, reduction='sum', options=options)
+    idx = torch.randint(50259, (batch_size, model.config.block_size + 1))
 
     def work():
-        x, y = model(idx[:, :-1]).flatten(0, 1), idx[:, 1:].flatten()
-        if chunked:
-            loss = F.linear_cross_entropy(x, head.weight, y, ignore_index=-1, options=options)
-        else:
-            loss = F.cross_entropy(head(x), y, ignore_index=-1)
+        with autocast(torch.device('cpu'), DTYPES[dtype]):
+            loss = model(idx[:, :-1], idx[:, 1:])
         loss.backward()
         return loss.item()
 
@@ -464,21 +490,16 @@ def loss_memory(sequences, chunked):
     return loss, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, spent
 
 
-def alone(function, *args):
-    """function(*args) in a fresh process, whose peak memory is its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as pool:
-        return pool.submit(function, *args).result()
-
-
 def memory():
-    if not hasattr(torch.nn, 'LinearCrossEntropyOptions'):
-        raise UserError(f'torch {torch.__version__} has no chunked loss; it came with 2.13')
-    done = in_turn({name: partial(alone, loss_memory, batch_size, chunked)
-                    for name, chunked in (('plain loss', False), ('chunked loss', True))})
+    ways = 'at once', 'in parts', *(["torch's"] if hasattr(torch.nn, 'LinearCrossEntropyOptions') else [])
+    done = in_turn({f'{how}, {dtype}': partial(alone, loss_memory, how, dtype)
+                    for dtype in ('float32', 'bfloat16') for how in ways})
     loss, peak, spent = (report({name: [result[i] for result in results] for name, results in done.items()},
                                 unit) for i, unit in enumerate(('nats', 'MB', 's')))
-    plain, chunked = loss.values()
-    print(f'the losses differ by {abs(plain - chunked):.1e}')
+    for name in loss:
+        at_once = 'at once, ' + name.split(', ')[1]
+        print(f'{name}: loss {loss[name] - loss[at_once]:+.1e}, peak {peak[name] / peak[at_once]:.2f} times, '
+              f'time {spent[name] / spent[at_once]:.2f} times that at once')
     return {'loss': loss, 'peak_mb': peak, 'seconds': spent}
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import os
 import sys
 
 import torch
@@ -58,11 +59,22 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype)
 
 
+def total_memory(device):
+    """Bytes of memory of a device."""
+    if device.type == 'cuda':
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == 'mps':
+        return torch.mps.recommended_max_memory()
+    if hasattr(os, 'sysconf'):
+        return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    return 8 * 2**30  # Windows does not tell
+
+
 def keep_memory():
     """Have the C library keep the memory of freed tensors for the next ones.
 
-    glibc gives large blocks back to the system at once, and each step then pays page faults to have them again.
-    Other libraries decide for themselves.
+    glibc gives large blocks back to the system at once, and each step pays page faults to have them again.
+    Other C libraries decide for themselves.
     """
     libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
     if hasattr(libc, 'mallopt'):

@@ -37,11 +37,10 @@ def evaluate(model, split, block_size, batch_size, max_batches=0, device='cpu', 
         else:
             x, y = padded(rows[kind][first:first + batch_size], batch_size, block_size)
         x, y = (torch.from_numpy(a).to(device) for a in (x, y))
-        logits = model(x).flatten(0, 1)
-        y = y.flatten()
-        loss = F.cross_entropy(logits.float(), y, ignore_index=-1, reduction='sum')
-        hits = (logits.argmax(-1) == y).sum()
-        sums[kind] += torch.stack((loss, hits, (y >= 0).sum())).to(sums)
+        for logits, targets in zip(model(x), y, strict=True):  # a sequence at a time, for the memory
+            loss = F.cross_entropy(logits.float(), targets, ignore_index=-1, reduction='sum')
+            hits = (logits.argmax(-1) == targets).sum()
+            sums[kind] += torch.stack((loss, hits, (targets >= 0).sum())).to(sums)
     if world_size > 1:
         dist.all_reduce(sums)
     if sums[3].any():

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 CHOICES = {
     'norm': ('rms', 'layer'),
@@ -84,6 +85,7 @@ def rope_table(config):
 
 def rotate(x, cos, sin):
     """Rotate the pairs (x[i], x[i + head_dim / 2]), Hugging Face's layout. x: (B, T, heads, head_dim)."""
+    cos, sin = cos.type_as(x), sin.type_as(x)
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
@@ -115,11 +117,11 @@ class KVCache:
 def plain_attention(q, k, v, dropout):
     """Causal attention by two matrix products: in bfloat16 on a CPU 1.3 to 3 times as fast as the flash
     kernel, whose backward pass is slow there. Its memory grows with T squared.
-    q, k, v: (B, heads, T, head_dim)."""
+    q, k, v: (B, heads, T, head_dim), computed in the dtype of v."""
     k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
-    future = torch.ones(q.size(2), q.size(2), dtype=torch.bool).triu(1)
-    scores = (q / math.sqrt(q.size(-1))) @ k.transpose(-2, -1)
-    return F.dropout(scores.masked_fill(future, -math.inf).softmax(-1), dropout) @ v
+    future = torch.full((q.size(2), q.size(2)), -math.inf, dtype=v.dtype).triu(1)
+    scores = (q / math.sqrt(q.size(-1))).type_as(v) @ k.type_as(v).transpose(-2, -1) + future
+    return F.dropout(scores.softmax(-1, dtype=v.dtype), dropout) @ v
 
 
 class Attention(nn.Module):
@@ -191,15 +193,14 @@ class Block(nn.Module):
 
 
 class Int8Linear(nn.Module):
-    """A linear layer to write with on a CPU: int8 weights, a scale for each of its outputs, bfloat16 in and out."""
+    """A linear layer for writing on a CPU: int8 weights, a scale for each output, bfloat16 in and out."""
 
     def __init__(self, linear):
         super().__init__()
         weight = linear.weight.detach().float()
         scale = (weight.abs().amax(1) / 127).clamp(min=1e-12).bfloat16()
-        self.register_buffer('scale', scale)
-        self.register_buffer('weight', (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8))
-        self.bias = linear.bias
+        weight = (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+        self.weight, self.scale, self.bias = weight, scale, linear.bias
 
     def forward(self, x):
         y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale).unflatten(0, x.shape[:-1])
@@ -207,7 +208,7 @@ class Int8Linear(nn.Module):
 
 
 def to_int8(model):
-    """The model in bfloat16, its linear layers (of a width that 32 divides) replaced by int8 ones; returns it."""
+    """Turn a model into bfloat16 and its linear layers (of widths that 32 divides) into int8. Returns it."""
     for module in [*model.bfloat16().modules()]:
         for name, child in module.named_children():
             if isinstance(child, nn.Linear) and child.in_features % 32 == 0:  # the kernel's unit
@@ -219,6 +220,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.max_logits = 2**62  # that the loss computes at a time; train.py sets it by the memory
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -283,16 +285,27 @@ class GPT(nn.Module):
         x = self.norm(x)
         if targets is None:
             return self.lm_head(x)
-        return F.cross_entropy(self.lm_head(x).flatten(0, 1), targets.flatten(), ignore_index=-1)
+        x, targets = x.flatten(0, 1), targets.flatten()
+        rows = max(1, self.max_logits // self.config.vocab_size)
+        if len(x) <= rows:
+            loss = self.summed_loss(x, targets)
+        else:  # the logits of one part at a time, computed once more in the backward pass
+            loss = sum(checkpoint(self.summed_loss, *part, use_reentrant=False)
+                       for part in zip(x.split(rows), targets.split(rows), strict=True))
+        return loss / (targets >= 0).sum()
+
+    def summed_loss(self, x, targets):
+        """The summed cross-entropy of targets (N,) after the last norm's output x (N, n_embd)."""
+        return F.cross_entropy(self.lm_head(x), targets, ignore_index=-1, reduction='sum')
 
     @torch.inference_mode()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=-1, never=(), seed=0):
         """Continue the prompts idx (B, T), T at most block_size; yields the next token of each, (B,).
 
         temperature 0 is greedy; top_k keeps the k likeliest tokens (0: all), top_p the smallest set of them
-        whose probability reaches p (Holtzman et al. 2019; 1: all), and no token of `never` is drawn. Ends after
-        max_new_tokens, or when each sequence has emitted `stop`; what a sequence emits after its `stop` means
-        nothing. When the context is full, its last half is prefilled anew.
+        whose probability reaches p (Holtzman et al. 2019; 1: all); no token of `never` is drawn. Ends after
+        max_new_tokens, or when each sequence has emitted `stop`; what a sequence emits after its `stop`
+        means nothing. When the context is full, its last half is prefilled anew.
         """
         config, device = self.config, idx.device
         # On a CPU attention to 16-bit keys takes four times as long as to 32-bit ones.

@@ -30,7 +30,7 @@ from configurator import SettingError, UserError, configure, run, settings
 from data import infill
 from data.shards import PREPARE, Batches, Split, fingerprint
 from data.tokenizer import load_tokenizer
-from device import autocast, choose_device, choose_dtype, keep_memory, peak_flops
+from device import autocast, choose_device, choose_dtype, keep_memory, peak_flops, total_memory
 from evaluate import evaluate
 from formats import open_model
 from model import GPT, GPTConfig
@@ -331,6 +331,7 @@ def main():
                            '(--overwrite), or name another folder (--out_dir)')
     torch.manual_seed(seed)
     model = GPT(make_config(tokenizer.vocab_size)).to(place)
+    model.max_logits = total_memory(place) // 48  # three float32 copies in a quarter of the memory
     optimizers = make_optimizers(model)
     scaler = torch.amp.GradScaler(place.type, enabled=precision == torch.float16)
     it, best_val_loss = 0, math.inf

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import bench
 from data.shards import Split
@@ -98,9 +99,14 @@ def test_sides_take_turns(monkeypatch):
     assert bench.in_turn(sides) == {'a': [1, 3], 'b': [2, 4]} and order == ['a', 'b', 'a', 'b']
 
 
-def test_the_chunked_loss_is_the_plain_one():
-    plain, chunked = (bench.loss_memory(1, chunked) for chunked in (False, True))
-    assert abs(plain[0] - chunked[0]) < 1e-5 and plain[1] > 100  # MB
+@pytest.mark.parametrize('how', ['in parts', "torch's"])
+def test_the_loss_in_parts_is_that_at_once(monkeypatch, how):
+    if how == "torch's" and not hasattr(torch.nn, 'LinearCrossEntropyOptions'):
+        pytest.skip('came with torch 2.13')
+    monkeypatch.setattr(bench, 'batch_size', 4)
+    monkeypatch.setitem(bench._SHAPES, '15M', dict(zip(bench._SIZES, (1, 2, 32, 512, 4096), strict=True)))
+    loss, peak, _ = bench.loss_memory(how, 'float32')
+    assert abs(bench.loss_memory('at once', 'float32')[0] - loss) < 1e-5 and peak > 100  # MB
 
 
 def test_training_beside_a_peer(tmp_path, nanogpt):
@@ -113,6 +119,6 @@ def test_training_beside_a_peer(tmp_path, nanogpt):
     assert sorted(path.name for path in nanogpt.iterdir()) == ['config', 'model.py']
 
 
-def test_a_runner_that_is_not_compiled(tmp_path):
+def test_a_runner_that_does_not_compile(tmp_path):
     (tmp_path / 'run.c').touch()
     assert 'gcc' in run_bench('--what=sample', '--peer', tmp_path, status=1).stderr

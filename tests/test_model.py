@@ -233,6 +233,21 @@ def test_the_loss_leaves_out_targets_of_minus_one():
     torch.testing.assert_close(model(idx[:, :-1], y), model(idx[:, :5], idx[:, 1:6]))
 
 
+@pytest.mark.parametrize('rows', [1, 3, 16])
+def test_the_loss_in_parts_is_the_loss_at_once(rows):
+    model, idx = small(), torch.randint(0, 23, (2, 9))
+    x, y = idx[:, :-1], idx[:, 1:].clone()
+    y[0, 5:] = -1
+    results = []
+    for max_logits in 2**62, rows * 23 + 5:
+        model.max_logits = max_logits
+        model.zero_grad()
+        loss = model(x, y)
+        loss.backward()
+        results.append([loss.detach(), *(p.grad for p in model.parameters())])
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize('choices', CASES, ids=str)
 def test_every_parameter_is_initialised_at_its_scale(choices):
     torch.manual_seed(0)
