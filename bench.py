@@ -325,8 +325,10 @@ def peer_rate(place, dtype):
     return x.numel() / median([seconds_of(step) for _ in range(steps + 2)][2:])
 
 
-def where_time_goes(model, place, dtype, step_seconds):
+def where_time_goes(place, dtype, step_seconds):
     """Print the share of our forward and backward pass in a step, and of its largest operations in itself."""
+    keep_memory()  # as train.py does
+    model = GPT(GPTConfig(**_SHAPES[shape])).to(place)
     idx = torch.randint(model.config.vocab_size, (batch_size, model.config.block_size), device=place)
 
     def work():
@@ -364,8 +366,8 @@ def train():
               f'{needed / peak:.0%} of it')
     if peak_flops(place):
         print(f"MFU against the maker's peak: {needed / peak_flops(place):.1%}")
-    keep_memory()  # as train.py does, and the peer, which has run, does not
-    where_time_goes(model.to(place), place, default, batch_size * model.config.block_size / rates['ours'])
+    tokens = batch_size * model.config.block_size
+    alone(where_time_goes, place, default, tokens / rates['ours'])
     theirs = [rates[name] for name in list(rates)[1:]]
     ratios = dict(zip(('ratio', 'ratio_bfloat16'), (rates['ours'] / rate for rate in theirs), strict=False))
     return {'tokens_per_s': rates, **ratios}

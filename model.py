@@ -77,17 +77,16 @@ def make_norm(config, width):
 
 
 def rope_table(config):
-    """Cosines and sines of rotary positions (Su et al. 2021): two tensors (block_size, head_dim / 2)."""
+    """Rotary positions (Su et al. 2021): cosines, and sines with their signs, both (block_size, 1, head_dim)."""
     frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
-    angle = torch.outer(torch.arange(config.block_size), frequency)
-    return angle.cos(), angle.sin()
+    angle = torch.outer(torch.arange(config.block_size), frequency)[:, None]
+    return torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1)
 
 
 def rotate(x, cos, sin):
     """Rotate the pairs (x[i], x[i + head_dim / 2]), Hugging Face's layout. x: (B, T, heads, head_dim)."""
-    cos, sin = cos.type_as(x), sin.type_as(x)
     a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return torch.addcmul(x * cos.type_as(x), torch.cat((b, a), dim=-1), sin.type_as(x))
 
 
 def sinusoidal_table(config):
@@ -101,17 +100,16 @@ class KVCache:
     """Keys and values of the tokens seen so far, for `batch_size` sequences of up to block_size tokens."""
 
     def __init__(self, config, batch_size, device, dtype):
-        shape = config.n_layer, batch_size, config.n_kv_head, config.block_size, config.head_dim
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        shape = batch_size, config.n_kv_head, config.block_size, config.head_dim
+        self.layers = [[torch.zeros(shape, device=device, dtype=dtype) for _ in 'kv']
+                       for _ in range(config.n_layer)]
         self.length = 0
 
     def append(self, layer, k, v):
         """Store k and v (B, n_kv_head, T, head_dim) behind what is there; return all that is there now."""
-        end = self.length + k.size(2)
-        self.keys[layer, :, :, self.length:end] = k
-        self.values[layer, :, :, self.length:end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        for kept, new in zip(self.layers[layer], (k, v), strict=True):
+            kept.narrow(2, self.length, new.size(2)).copy_(new)
+        return [kept.narrow(2, 0, self.length + k.size(2)) for kept in self.layers[layer]]
 
 
 def plain_attention(q, k, v, dropout):
@@ -136,9 +134,13 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm, self.k_norm = make_norm(config, config.head_dim), make_norm(config, config.head_dim)
 
+    def qkv(self, x):
+        """Queries, keys and values of x (B, T, n_embd), (B, T, heads * head_dim) each."""
+        return self.q(x), self.k(x), self.v(x)
+
     def forward(self, x, rope, cache):
         B, T, C = x.shape
-        q, k, v = (linear(x).view(B, T, -1, self.config.head_dim) for linear in (self.q, self.k, self.v))
+        q, k, v = (t.view(B, T, -1, self.config.head_dim) for t in self.qkv(x))
         if self.config.qk_norm:
             q, k = (norm(t.type_as(norm.weight)) for norm, t in ((self.q_norm, q), (self.k_norm, k)))
         if rope is not None:
@@ -168,9 +170,13 @@ class MLP(nn.Module):
             self.gate = nn.Linear(config.n_embd, config.mlp_width, bias=config.bias)
         self.proj = nn.Linear(config.mlp_width, config.n_embd, bias=config.bias)
 
+    def gate_up(self, x):
+        return self.gate(x), self.up(x)
+
     def forward(self, x):
         if self.kind == 'swiglu':
-            x = F.silu(self.gate(x)) * self.up(x)
+            gate, up = self.gate_up(x)
+            x = F.silu(gate) * up
         elif self.kind == 'gelu':
             x = F.gelu(self.up(x), approximate='tanh')  # GPT-2's
         elif self.kind == 'relu':
@@ -185,34 +191,62 @@ class Block(nn.Module):
         super().__init__()
         self.attn_norm, self.attn = make_norm(config, config.n_embd), Attention(config, layer)
         self.mlp_norm, self.mlp = make_norm(config, config.n_embd), MLP(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = config.dropout
 
     def forward(self, x, rope, cache):
-        x = x + self.dropout(self.attn(self.attn_norm(x), rope, cache))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        x = x + F.dropout(self.attn(self.attn_norm(x), rope, cache), self.dropout, self.training)
+        return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
 
 
-class Int8Linear(nn.Module):
-    """A linear layer for writing on a CPU: int8 weights, a scale for each output, bfloat16 in and out."""
+class Int8Linear:
+    """Linear layers for writing on a CPU, as one: int8 weights, a scale for each output, bfloat16 in and out.
 
-    def __init__(self, linear):
-        super().__init__()
-        weight = linear.weight.detach().float()
-        scale = (weight.abs().amax(1) / 127).clamp(min=1e-12).bfloat16()
-        weight = (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
-        self.weight, self.scale, self.bias = weight, scale, linear.bias
+    Called with x (B, T, in_features) returns the output of each layer, or of the only one. No nn.Module, as
+    calling one takes as long as the multiplication.
+    """
 
-    def forward(self, x):
-        y = torch._weight_int8pack_mm(x.flatten(0, -2), self.weight, self.scale).unflatten(0, x.shape[:-1])
-        return y if self.bias is None else y + self.bias
+    def __init__(self, *linears):
+        if linears[0].in_features % 32:  # the kernel reads beyond the rows of others
+            raise ValueError(f'int8 needs widths that 32 divides, not {linears[0].in_features}')
+        weight = torch.cat([linear.weight.detach() for linear in linears]).float()
+        self.scale = (weight.abs().amax(1) / 127).clamp(min=1e-12).bfloat16()
+        self.weight = (weight / self.scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+        self.bias = None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])
+        self.sizes = [linear.out_features for linear in linears]
+
+    def __call__(self, x):
+        B, T, C = x.shape
+        y = torch._weight_int8pack_mm(x.view(B * T, C), self.weight, self.scale).view(B, T, -1)
+        if self.bias is not None:
+            y = y + self.bias
+        return y if len(self.sizes) == 1 else y.split(self.sizes, dim=-1)
 
 
 def to_int8(model):
-    """Turn a model into bfloat16 and its linear layers (of widths that 32 divides) into int8. Returns it."""
-    for module in [*model.bfloat16().modules()]:
-        for name, child in module.named_children():
-            if isinstance(child, nn.Linear) and child.in_features % 32 == 0:  # the kernel's unit
-                setattr(module, name, Int8Linear(child))
+    """Turn a model into bfloat16 and its linear layers into int8; returns it. Raises ValueError."""
+    def swap(module, name, *names):
+        layer = Int8Linear(*(getattr(module, old) for old in names))
+        for old in names:
+            delattr(module, old)
+        setattr(module, name, layer)
+
+    model.bfloat16()
+    for block in model.blocks:
+        swap(block.attn, 'qkv', 'q', 'k', 'v')
+        swap(block.attn, 'proj', 'proj')
+        if block.mlp.kind == 'swiglu':
+            swap(block.mlp, 'gate_up', 'gate', 'up')
+        else:
+            swap(block.mlp, 'up', 'up')
+        swap(block.mlp, 'proj', 'proj')
+        for name in 'attn_norm', 'attn', 'mlp_norm', 'mlp':  # their bare functions, for the same reason
+            forward = getattr(block, name).forward
+            delattr(block, name)
+            setattr(block, name, forward)
+    swap(model, 'lm_head', 'lm_head')
+    blocks = [block.forward for block in model.blocks]
+    del model.blocks
+    model.blocks = blocks
     return model
 
 
@@ -222,7 +256,6 @@ class GPT(nn.Module):
         self.config = config
         self.max_logits = 2**62  # that the loss computes at a time; train.py sets it by the memory
         self.embedding = nn.Embedding(config.vocab_size, config.n_embd)
-        self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = make_norm(config, config.n_embd)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -234,7 +267,7 @@ class GPT(nn.Module):
             self.register_buffer('sinusoids', sinusoidal_table(config), persistent=False)
         else:
             for name, table in zip(('cos', 'sin'), rope_table(config), strict=True):
-                self.register_buffer(name, table[:, None], persistent=False)  # (block_size, 1, head_dim / 2)
+                self.register_buffer(name, table, persistent=False)
         self.init_weights()
 
     def init_weights(self):
@@ -277,7 +310,7 @@ class GPT(nn.Module):
             x = x * math.sqrt(self.config.n_embd) + self.sinusoids[here]
         else:
             rope = self.cos[here], self.sin[here]
-        x = self.dropout(x)
+        x = F.dropout(x, self.config.dropout, self.training)
         for block in self.blocks:
             x = block(x, rope, cache)
         if cache is not None:

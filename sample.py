@@ -109,7 +109,10 @@ def main():
         raise UserError(f'{init_from} has no tokenizer beside it: put the one there that it was trained with')
     tokenizer = tokenizer_from_state(checkpoint['tokenizer'])
     model = load_model(checkpoint, place)
-    model = to_int8(model) if dtype == 'int8' else model.to(choose_dtype(dtype, place))
+    try:
+        model = to_int8(model) if dtype == 'int8' else model.to(choose_dtype(dtype, place))
+    except ValueError as error:
+        raise SettingError(str(error)) from None
     begin, end = first_sentence.strip() or read_start(), last_sentence.strip()
     if end and not checkpoint.get('infill_rate'):
         raise UserError(f'{init_from or out_dir} has not learned to write middles: train on data of '

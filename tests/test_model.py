@@ -167,7 +167,7 @@ def test_an_int8_layer_multiplies_by_its_rounded_weights(rows, bias):
     torch.testing.assert_close(layer(x).float(), expected, atol=0.02, rtol=0.02)
 
 
-@pytest.mark.parametrize('choices', CASES, ids=str)
+@pytest.mark.parametrize('choices', [case | {'mlp_width': 64} for case in CASES], ids=str)
 def test_an_int8_model_is_near_the_float32_one(choices):
     model, idx = small(**choices), torch.randint(0, 23, (2, 16))
     with torch.no_grad():
