@@ -6,6 +6,7 @@ position='learned', mlp='gelu' and bias=True it is GPT-2.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -77,7 +78,7 @@ def make_norm(config, width):
 
 
 def rope_table(config):
-    """Rotary positions (Su et al. 2021): cosines, and sines with their signs, both (block_size, 1, head_dim)."""
+    """Rotary positions (Su et al. 2021): cosines, and sines with signs, both (block_size, 1, head_dim)."""
     frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
     angle = torch.outer(torch.arange(config.block_size), frequency)[:, None]
     return torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1)
@@ -103,13 +104,40 @@ class KVCache:
         shape = batch_size, config.n_kv_head, config.block_size, config.head_dim
         self.layers = [[torch.zeros(shape, device=device, dtype=dtype) for _ in 'kv']
                        for _ in range(config.n_layer)]
-        self.length = 0
+        self.device, self.length = device, 0
+
+    def extend(self, T):
+        """Make room for T tokens and return their places, a slice; `mask` becomes what they may look at."""
+        start, self.length = self.length, self.length + T
+        self.mask = None  # all before them
+        if T > 1 and start:  # is_causal would align the wrong corner
+            self.mask = torch.ones(T, self.length, dtype=torch.bool, device=self.device).tril(start)
+        return slice(start, self.length)
 
     def append(self, layer, k, v):
-        """Store k and v (B, n_kv_head, T, head_dim) behind what is there; return all that is there now."""
+        """Store k and v (B, n_kv_head, T, head_dim) in the room made; return all that is there now."""
         for kept, new in zip(self.layers[layer], (k, v), strict=True):
-            kept.narrow(2, self.length, new.size(2)).copy_(new)
-        return [kept.narrow(2, 0, self.length + k.size(2)) for kept in self.layers[layer]]
+            kept.narrow(2, self.length - new.size(2), new.size(2)).copy_(new)
+        return [kept.narrow(2, 0, self.length) for kept in self.layers[layer]]
+
+
+class StaticCache:
+    """A view of a KVCache for compiled steps of one token: no shape changes, and `place` is a tensor."""
+
+    def __init__(self, cache):
+        self.layers, self.length = cache.layers, 0
+        self.place = torch.zeros(1, dtype=torch.long, device=cache.device)
+        for tensor in self.place, *(tensor for layer in self.layers for tensor in layer):
+            torch._dynamo.mark_static_address(tensor)  # CUDA graphs take no other tensors that change
+
+    def extend(self, T):
+        self.mask = (torch.arange(self.layers[0][0].size(2), device=self.place.device) <= self.place)[None]
+        return self.place
+
+    def append(self, layer, k, v):
+        for kept, new in zip(self.layers[layer], (k, v), strict=True):
+            kept.index_copy_(2, self.place, new.type_as(kept))
+        return self.layers[layer]
 
 
 def plain_attention(q, k, v, dropout):
@@ -146,17 +174,15 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, head_dim)
-        mask, causal = None, T > 1
+        mask = None
         if cache is not None:
-            k, v = cache.append(self.layer, k, v)
-            if causal and cache.length:  # is_causal would align the wrong corner
-                mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(cache.length)
+            (k, v), mask = cache.append(self.layer, k, v), cache.mask
         dropout = self.config.dropout if self.training else 0.0
         if cache is None and T <= 512 and x.device.type == 'cpu' and torch.is_autocast_enabled('cpu'):
             y = plain_attention(q, k, v, dropout)
         else:
             y = F.scaled_dot_product_attention(
-                q.type_as(k), k, v.type_as(k), attn_mask=mask, is_causal=causal and mask is None,
+                q.type_as(k), k, v.type_as(k), attn_mask=mask, is_causal=T > 1 and mask is None,
                 dropout_p=dropout, enable_gqa=q.size(1) != k.size(1))
         return self.proj(y.transpose(1, 2).reshape(B, T, C).type_as(x))
 
@@ -208,10 +234,11 @@ class Int8Linear:
     def __init__(self, *linears):
         if linears[0].in_features % 32:  # the kernel reads beyond the rows of others
             raise ValueError(f'int8 needs widths that 32 divides, not {linears[0].in_features}')
-        weight = torch.cat([linear.weight.detach() for linear in linears]).float()
+        weight, bias = ([getattr(linear, name) for linear in linears] for name in ('weight', 'bias'))
+        weight = torch.cat(weight).detach().float()
         self.scale = (weight.abs().amax(1) / 127).clamp(min=1e-12).bfloat16()
         self.weight = (weight / self.scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
-        self.bias = None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])
+        self.bias = None if bias[0] is None else torch.cat(bias).detach()
         self.sizes = [linear.out_features for linear in linears]
 
     def __call__(self, x):
@@ -299,10 +326,10 @@ class GPT(nn.Module):
         cache: a KVCache with the tokens before idx; it takes in idx.
         Without targets returns the logits (B, T, vocab_size).
         """
-        start = cache.length if cache is not None else 0
-        here = slice(start, start + idx.size(1))
-        if here.stop > self.config.block_size:
-            raise ValueError(f'{here.stop} tokens do not fit into block_size {self.config.block_size}')
+        length = idx.size(1) + (0 if cache is None else cache.length)
+        if length > self.config.block_size:
+            raise ValueError(f'{length} tokens do not fit into block_size {self.config.block_size}')
+        here = slice(length) if cache is None else cache.extend(idx.size(1))
         x, rope = self.embedding(idx), None
         if self.config.position == 'learned':
             x = x + self.position.weight[here]
@@ -313,8 +340,6 @@ class GPT(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.blocks:
             x = block(x, rope, cache)
-        if cache is not None:
-            cache.length = here.stop
         x = self.norm(x)
         if targets is None:
             return self.lm_head(x)
@@ -332,18 +357,23 @@ class GPT(nn.Module):
         return F.cross_entropy(self.lm_head(x), targets, ignore_index=-1, reduction='sum')
 
     @torch.inference_mode()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=-1, never=(), seed=0):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=-1, never=(), seed=0,
+                 compile=False):
         """Continue the prompts idx (B, T), T at most block_size; yields the next token of each, (B,).
 
         temperature 0 is greedy; top_k keeps the k likeliest tokens (0: all), top_p the smallest set of them
         whose probability reaches p (Holtzman et al. 2019; 1: all); no token of `never` is drawn. Ends after
         max_new_tokens, or when each sequence has emitted `stop`; what a sequence emits after its `stop`
-        means nothing. When the context is full, its last half is prefilled anew.
+        means nothing. When the context is full, its last half is prefilled anew. `compile` compiles the step
+        from a token to the next, on a GPU into a CUDA graph.
         """
         config, device = self.config, idx.device
         # On a CPU attention to 16-bit keys takes four times as long as to 32-bit ones.
         dtype = torch.float32 if device.type == 'cpu' else self.embedding.weight.dtype
         cache = KVCache(config, idx.size(0), device, dtype)
+        if compile:
+            static = StaticCache(cache)
+            step = torch.compile(partial(self, cache=static), dynamic=False, mode='reduce-overhead')
         generator = torch.Generator(device).manual_seed(seed)
         never = torch.tensor(never, dtype=torch.long, device=device)
         context, ended = idx, torch.zeros(idx.size(0), dtype=torch.bool, device=device)
@@ -351,7 +381,11 @@ class GPT(nn.Module):
             if cache.length + idx.size(1) > config.block_size:
                 context = context[:, -max(config.block_size // 2, 1):]
                 idx, cache.length = context, 0
-            logits = self(idx, cache=cache)[:, -1].float()
+            if compile and idx.size(1) == 1:
+                static.place.fill_(cache.extend(1).start)
+                logits = step(idx)[:, -1].float()
+            else:
+                logits = self(idx, cache=cache)[:, -1].float()
             logits.index_fill_(-1, never, -math.inf)
             token = pick(logits, temperature, top_k, top_p, generator)
             yield token

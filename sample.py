@@ -32,6 +32,7 @@ top_p = 0.95  # draw from the likeliest tokens that make up this probability; 1:
 seed = 1337  # same seed, same stories
 device = 'auto'  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:N or mps
 dtype = 'float32'  # float32, bfloat16, float16, auto, or int8 weights: on a CPU the fastest for one story
+compile = False  # compile the step from token to token, half a minute: on a GPU, for many stories
 
 
 def check_settings():
@@ -78,7 +79,8 @@ def write_stories(model, tokenizer, begin, end, stream):
     ended = [False] * num_samples
     idx = torch.tensor([ids] * num_samples, device=next(model.parameters()).device)
     never = tokenizer.blank, tokenizer.middle
-    for tokens in model.generate(idx, limit, temperature, top_k, top_p, tokenizer.delimiter, never, seed):
+    for tokens in model.generate(idx, limit, temperature, top_k, top_p, tokenizer.delimiter, never, seed,
+                                 compile):
         for i, token in enumerate(tokens.tolist()):
             ended[i] = ended[i] or token == tokenizer.delimiter
             if not ended[i]:
@@ -91,6 +93,16 @@ def write_stories(model, tokenizer, begin, end, stream):
         for text in map(tokenizer.decode, rows):
             gap = ' ' if end and not text[-1:].isspace() else ''  # a middle that was cut ends in a word
             yield text + gap + end
+
+
+def print_growing(texts):
+    """Print a text as it grows."""
+    shown = ''
+    for text in texts:
+        text = text.rstrip('\N{REPLACEMENT CHARACTER}')  # a character whose last bytes are still to come
+        print(text[len(shown):], end='', flush=True)
+        shown = text
+    print()
 
 
 def main():
@@ -117,16 +129,18 @@ def main():
     if end and not checkpoint.get('infill_rate'):
         raise UserError(f'{init_from or out_dir} has not learned to write middles: train on data of '
                         'data/tiny_stories/prepare.py --infill_rate 0.5, or continue a --start')
-    if num_samples == 1 and sys.stdout.isatty():
-        shown = ''
-        for text in write_stories(model, tokenizer, begin, end, stream=True):
-            text = text.rstrip('\N{REPLACEMENT CHARACTER}')  # a character whose last bytes are still to come
-            print(text[len(shown):], end='', flush=True)
-            shown = text
-        print()
-        return
-    for i, text in enumerate(write_stories(model, tokenizer, begin, end, stream=False)):
-        print(('---\n' if i else '') + text)
+    stream = num_samples == 1 and sys.stdout.isatty()
+    stories = write_stories(model, tokenizer, begin, end, stream)
+    try:
+        if stream:
+            print_growing(stories)
+        else:
+            for i, text in enumerate(stories):
+                print(('---\n' if i else '') + text)
+    except RuntimeError as error:
+        if not (compile and isinstance(error, torch._dynamo.exc.TorchDynamoException)):
+            raise
+        raise UserError(f'torch.compile failed ({type(error).__name__}): leave out --compile') from None
 
 
 if __name__ == '__main__':

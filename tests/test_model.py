@@ -2,11 +2,12 @@
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from model import GPT, GPTConfig, Int8Linear, KVCache, pick, to_int8
+from model import GPT, GPTConfig, Int8Linear, KVCache, StaticCache, pick, to_int8
 
 GPT2_BLOCK = {'norm': 'layer', 'position': 'learned', 'mlp': 'gelu', 'bias': True}
 CASES = [
@@ -124,6 +125,27 @@ def test_cached_logits_equal_uncached_ones(choices):
     with torch.no_grad():
         parts = [model(part, cache=cache) for part in idx.split([3, 4] + [1] * 9, dim=1)]
         torch.testing.assert_close(torch.cat(parts, 1), model(idx), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('choices', CASES[1:4], ids=str)
+def test_logits_of_the_static_cache_equal_uncached_ones(choices):
+    """The step compiles as one graph, once."""
+    model, idx = small(**choices), torch.randint(0, 23, (2, 16))
+    cache = KVCache(model.config, 2, 'cpu', torch.float32)
+    static, compilations = StaticCache(cache), []
+
+    def backend(graph, _):
+        compilations.append(graph)
+        return graph
+
+    step = torch.compile(partial(model, cache=static), backend=backend, fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        expected = model(idx)
+        torch.testing.assert_close(model(idx[:, :3], cache=cache), expected[:, :3], atol=1e-5, rtol=1e-5)
+        for i in range(3, 16):
+            static.place.fill_(i)
+            torch.testing.assert_close(step(idx[:, i:i + 1]), expected[:, i:i + 1], atol=1e-5, rtol=1e-5)
+    assert len(compilations) == 1
 
 
 @pytest.mark.parametrize('choices', CASES[:3], ids=str)
