@@ -174,8 +174,8 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, *rope), rotate(k, *rope)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, head_dim)
-        mask = None
-        if cache is not None:
+        mask, dtype = None, v.dtype
+        if cache is not None:  # whose dtype may be another
             (k, v), mask = cache.append(self.layer, k, v), cache.mask
         dropout = self.config.dropout if self.training else 0.0
         if cache is None and T <= 512 and x.device.type == 'cpu' and torch.is_autocast_enabled('cpu'):
@@ -184,7 +184,7 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(
                 q.type_as(k), k, v.type_as(k), attn_mask=mask, is_causal=T > 1 and mask is None,
                 dropout_p=dropout, enable_gqa=q.size(1) != k.size(1))
-        return self.proj(y.transpose(1, 2).reshape(B, T, C).type_as(x))
+        return self.proj(y.transpose(1, 2).reshape(B, T, C).to(dtype))
 
 
 class MLP(nn.Module):
@@ -407,7 +407,7 @@ def pick(logits, temperature, top_k, top_p, generator):
     if top_p < 1:
         # All below (1 - top_p) / vocab_size together make up less than 1 - top_p: only the rest need sorting.
         likely = (probs * probs.size(-1) > 1 - top_p).sum(-1).max()
-        probs, order = probs.topk(likely.item())
+        probs, order = probs.topk(max(likely.item(), 1))
         kept = order if kept is None else kept.gather(-1, order)
         probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)  # what reaches top_p stays
     if probs.device.type == 'cpu':  # multinomial draws a number for each id of the vocabulary; two will do

@@ -1,4 +1,4 @@
-"""A small model that writes middles, in four minutes on two CPU cores: 1.0M parameters at 1,536 tokens.
+"""A small model that writes middles, in three minutes on two CPU cores: 1.0M parameters at 1,536 tokens.
 
     python data/tiny_stories/prepare.py --source sample --infill_rate 0.5
     python train.py config/quickstart_infill.py

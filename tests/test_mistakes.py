@@ -195,6 +195,7 @@ TABLE = [
     (SAMPLE, '--out_dir out --top_p 2', 2, 'top_p 2 most', nothing),
     (SAMPLE, '--out_dir out --top_k -1', 2, 'top_k -1 least', nothing),
     (SAMPLE, '--out_dir out --temperature -1', 2, 'temperature -1 least', nothing),
+    (SAMPLE, '--out_dir out --dtype int8', 2, 'int8 32 divides', trained()),
     (SAMPLE, '--out_dir out --num_samples 0', 2, 'num_samples 0 least', nothing),
     (SAMPLE, '--out_dir out --max_new_tokens 0', 2, 'max_new_tokens 0 least', nothing),
     (SAMPLE, '--out_dir out --device cuda:9', 2, 'cuda:9 --device cpu', nothing),
