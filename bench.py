@@ -470,9 +470,10 @@ def sample():
                 'sample.py', f'--out_dir={folder}', '--num_samples=1', '--max_new_tokens=1', '--device=cpu')),
         }), 's')
     one, all_ = (max(rates[name] for name in names) for names in (single, many))
-    print(f'32 stories at once: {all_ / one:.2f} times the fastest single stream; in the same dtype: '
-          + ', '.join(f'{rates[b] / rates[a]:.2f}' for a, b in zip(single, many, strict=True)))
-    figures = {'tokens_per_s': rates, 'at_once_ratio': all_ / one, 'seconds_to_first_token': starts}
+    at_once = {name: rates[many_] / rates[name] for name, many_ in zip(single, many, strict=True)}
+    at_once['the fastest'] = all_ / one
+    print('32 stories at once, times one: ' + ', '.join(f'{name}: {n:.2f}' for name, n in at_once.items()))
+    figures = {'tokens_per_s': rates, 'at_once_ratio': at_once, 'seconds_to_first_token': starts}
     for name in theirs:  # a GPU is there for many stories
         figures['ratio'] = (all_ if on_gpu else one) / rates[name]
     return figures

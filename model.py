@@ -116,9 +116,11 @@ class KVCache:
 
     def append(self, layer, k, v):
         """Store k and v (B, n_kv_head, T, head_dim) in the room made; return all that is there now."""
-        for kept, new in zip(self.layers[layer], (k, v), strict=True):
-            kept.narrow(2, self.length - new.size(2), new.size(2)).copy_(new)
-        return [kept.narrow(2, 0, self.length) for kept in self.layers[layer]]
+        keys, values = self.layers[layer]
+        T = k.size(2)
+        keys.narrow(2, self.length - T, T).copy_(k)
+        values.narrow(2, self.length - T, T).copy_(v)
+        return keys.narrow(2, 0, self.length), values.narrow(2, 0, self.length)
 
 
 class StaticCache:
@@ -168,11 +170,12 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, cache):
         B, T, C = x.shape
-        q, k, v = (t.view(B, T, -1, self.config.head_dim) for t in self.qkv(x))
+        head_dim = self.config.head_dim
+        q, k, v = (t.view(B, T, -1, head_dim) for t in self.qkv(x))
         if self.config.qk_norm:
             q, k = (norm(t.type_as(norm.weight)) for norm, t in ((self.q_norm, q), (self.k_norm, k)))
         if rope is not None:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+            q, k = rotate(torch.cat((q, k), 2), *rope).split_with_sizes((q.size(2), k.size(2)), 2)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, heads, T, head_dim)
         mask, dtype = None, v.dtype
         if cache is not None:  # whose dtype may be another
@@ -220,15 +223,18 @@ class Block(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x, rope, cache):
-        x = x + F.dropout(self.attn(self.attn_norm(x), rope, cache), self.dropout, self.training)
-        return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
+        y = self.attn(self.attn_norm(x), rope, cache)
+        x = x + (F.dropout(y, self.dropout) if self.training else y)
+        y = self.mlp(self.mlp_norm(x))
+        return x + (F.dropout(y, self.dropout) if self.training else y)
 
 
 class Int8Linear:
     """Linear layers for writing on a CPU, as one: int8 weights, a scale for each output, bfloat16 in and out.
 
-    Called with x (B, T, in_features) returns the output of each layer, or of the only one. No nn.Module, as
-    calling one takes as long as the multiplication.
+    Called with x (B, T, in_features) returns the output of each layer, or of the only one. Where the product
+    is large, x is rounded to int8 too, with a scale for each row. No nn.Module: to call one takes as long as
+    a small product.
     """
 
     def __init__(self, *linears):
@@ -240,40 +246,62 @@ class Int8Linear:
         self.weight = (weight / self.scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
         self.bias = None if bias[0] is None else torch.cat(bias).detach()
         self.sizes = [linear.out_features for linear in linears]
+        self.few = 2**14 // len(weight)  # rows; of so few, rounding x would take longer than it saves
 
     def __call__(self, x):
         B, T, C = x.shape
-        y = torch._weight_int8pack_mm(x.view(B * T, C), self.weight, self.scale).view(B, T, -1)
+        rows = x.view(B * T, C)
+        if self.few >= B * T:
+            y = torch._weight_int8pack_mm(rows, self.weight, self.scale)
+        else:
+            scale = (rows.abs().amax(-1, keepdim=True).float() / 127).clamp(min=1e-12)
+            y = torch._int_mm((rows / scale).round_().to(torch.int8), self.weight.T).float()
+            y = y.mul_(scale).mul_(self.scale).bfloat16()
         if self.bias is not None:
             y = y + self.bias
-        return y if len(self.sizes) == 1 else y.split(self.sizes, dim=-1)
+        y = y.view(B, T, -1)
+        return y if len(self.sizes) == 1 else y.split_with_sizes(self.sizes, dim=-1)
 
 
 def to_int8(model):
-    """Turn a model into bfloat16 and its linear layers into int8; returns it. Raises ValueError."""
-    def swap(module, name, *names):
-        layer = Int8Linear(*(getattr(module, old) for old in names))
-        for old in names:
-            delattr(module, old)
-        setattr(module, name, layer)
+    """Turn a model into bfloat16 and its linear layers into int8; returns it. Raises ValueError.
+
+    It then is for writing alone: its modules give way to their bare functions.
+    """
+    def swap(module, name, function):
+        delattr(module, name)
+        setattr(module, name, function)
+
+    def bare(norm):
+        if isinstance(norm, nn.LayerNorm):
+            return norm.forward
+        weight, C = torch.cat((norm.weight, norm.weight)).detach(), norm.weight.numel()
+
+        def rms_norm(x):  # LayerNorm, which has a kernel of its own, of (x, -x), whose mean is 0
+            both = F.layer_norm(torch.cat((x, -x), -1), (2 * C,), weight, None, norm.eps)
+            return both[..., :C].contiguous()
+
+        return rms_norm
 
     model.bfloat16()
     for block in model.blocks:
-        swap(block.attn, 'qkv', 'q', 'k', 'v')
-        swap(block.attn, 'proj', 'proj')
-        if block.mlp.kind == 'swiglu':
-            swap(block.mlp, 'gate_up', 'gate', 'up')
+        attn, mlp = block.attn, block.mlp
+        attn.qkv = Int8Linear(attn.q, attn.k, attn.v)
+        del attn.q, attn.k, attn.v
+        if mlp.kind == 'swiglu':
+            mlp.gate_up = Int8Linear(mlp.gate, mlp.up)
+            del mlp.gate, mlp.up
         else:
-            swap(block.mlp, 'up', 'up')
-        swap(block.mlp, 'proj', 'proj')
-        for name in 'attn_norm', 'attn', 'mlp_norm', 'mlp':  # their bare functions, for the same reason
-            forward = getattr(block, name).forward
-            delattr(block, name)
-            setattr(block, name, forward)
-    swap(model, 'lm_head', 'lm_head')
-    blocks = [block.forward for block in model.blocks]
-    del model.blocks
-    model.blocks = blocks
+            swap(mlp, 'up', Int8Linear(mlp.up))
+        swap(attn, 'proj', Int8Linear(attn.proj))
+        swap(mlp, 'proj', Int8Linear(mlp.proj))
+        for name in 'attn_norm', 'mlp_norm':
+            swap(block, name, bare(getattr(block, name)))
+        for name in 'attn', 'mlp':
+            swap(block, name, getattr(block, name).forward)
+    swap(model, 'norm', bare(model.norm))
+    swap(model, 'lm_head', Int8Linear(model.lm_head))
+    swap(model, 'blocks', [block.forward for block in model.blocks])
     return model
 
 

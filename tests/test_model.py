@@ -175,7 +175,7 @@ def test_tokens_of_never_are_not_drawn():
     assert set(tokens.flatten().tolist()) == {20, 21, 22}
 
 
-@pytest.mark.parametrize('rows', [1, 5])
+@pytest.mark.parametrize('rows', [1, 5, 500])
 @pytest.mark.parametrize('bias', [False, True])
 def test_an_int8_layer_multiplies_by_its_rounded_weights(rows, bias):
     torch.manual_seed(0)
