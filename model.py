@@ -152,6 +152,12 @@ def plain_attention(q, k, v, dropout):
     return F.dropout(scores.softmax(-1, dtype=v.dtype), dropout) @ v
 
 
+def cast(x):
+    """x in the dtype that autocast would give it, once for all the linear layers that take it."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
 class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
@@ -166,6 +172,7 @@ class Attention(nn.Module):
 
     def qkv(self, x):
         """Queries, keys and values of x (B, T, n_embd), (B, T, heads * head_dim) each."""
+        x = cast(x)
         return self.q(x), self.k(x), self.v(x)
 
     def forward(self, x, rope, cache):
@@ -200,6 +207,7 @@ class MLP(nn.Module):
         self.proj = nn.Linear(config.mlp_width, config.n_embd, bias=config.bias)
 
     def gate_up(self, x):
+        x = cast(x)
         return self.gate(x), self.up(x)
 
     def forward(self, x):
