@@ -383,7 +383,7 @@ class GPT(nn.Module):
         rows = max(1, self.max_logits // self.config.vocab_size)
         if len(x) <= rows:
             loss = self.summed_loss(x, targets)
-        else:  # the logits of one part at a time, computed once more in the backward pass
+        else:  # the logits of one part at a time, once more in the backward pass; torch's own is less exact
             loss = sum(checkpoint(self.summed_loss, *part, use_reentrant=False)
                        for part in zip(x.split(rows), targets.split(rows), strict=True))
         return loss / (targets >= 0).sum()
