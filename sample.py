@@ -31,7 +31,7 @@ top_k = 0  # draw from the k likeliest tokens; 0: all
 top_p = 0.95  # draw from the likeliest tokens that make up this probability; 1: all
 seed = 1337  # same seed, same stories
 device = 'auto'  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:N or mps
-dtype = 'float32'  # float32, bfloat16, float16, auto, or int8 weights: on a CPU the fastest for one story
+dtype = 'float32'  # float32, bfloat16, float16, auto, or int8: on a CPU the fastest
 compile = False  # compile the step from token to token, half a minute: on a GPU, for many stories
 
 
