@@ -37,10 +37,12 @@ def evaluate(model, split, block_size, batch_size, max_batches=0, device='cpu', 
         else:
             x, y = padded(rows[kind][first:first + batch_size], batch_size, block_size)
         x, y = (torch.from_numpy(a).to(device) for a in (x, y))
-        for logits, targets in zip(model(x), y, strict=True):  # a sequence at a time, for the memory
-            loss = F.cross_entropy(logits.float(), targets, ignore_index=-1, reduction='sum')
-            hits = (logits.argmax(-1) == targets).sum()
-            sums[kind] += torch.stack((loss, hits, (targets >= 0).sum())).to(sums)
+        logits = model(x)
+        # The float32 copies are of one sequence at a time, for the memory.
+        loss = sum(F.cross_entropy(row.float(), targets, ignore_index=-1, reduction='sum')
+                   for row, targets in zip(logits, y, strict=True))
+        hits = (logits.argmax(-1) == y).sum()
+        sums[kind] += torch.stack((loss, hits, (y >= 0).sum())).to(sums)
     if world_size > 1:
         dist.all_reduce(sums)
     if sums[3].any():
