@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import checkpoint
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import load_checkpoint, load_model, save_checkpoint
 from configurator import UserError
+from model import GPT, GPTConfig
 
 STATE = {
     'model': {'w': torch.arange(1000.0)},
@@ -82,3 +83,18 @@ def test_what_is_no_checkpoint_of_ours_is_refused(tmp_path):
         torch.save(other, tmp_path / 'ckpt.pt')
         with pytest.raises(UserError, match='not a checkpoint of this project'):
             load_checkpoint(tmp_path / 'ckpt.pt')
+
+
+def test_what_is_saved_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    calls, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, 'fsync', lambda fd: (calls.append(os.readlink(f'/proc/self/fd/{fd}')), fsync(fd)))
+    monkeypatch.setattr(os, 'replace', lambda old, new: (calls.append('renamed'), replace(old, new)))
+    save_checkpoint(tmp_path / 'ckpt.pt', STATE)
+    assert calls == [f'{tmp_path}/ckpt.pt.tmp', 'renamed', str(tmp_path)]
+
+
+def test_a_loaded_model_does_not_drop():
+    config = {'n_layer': 1, 'n_head': 2, 'n_embd': 8, 'vocab_size': 11, 'dropout': 0.5}
+    model = load_model({'config': config, 'model': GPT(GPTConfig(**config)).state_dict()})
+    idx = torch.arange(10)[None]
+    assert not model.training and torch.equal(model(idx), model(idx))

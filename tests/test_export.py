@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -91,6 +92,14 @@ def test_a_wrong_tensor_is_found_and_nothing_kept(run, tmp_path, monkeypatch, na
 def test_a_wrong_tokenizer_is_found(run, tmp_path, monkeypatch):
     real = llama2c.pieces_of
     monkeypatch.setattr(llama2c, 'pieces_of', lambda it: real(it)[:270] + real(it)[:269:-1])
+    with pytest.raises(UserError, match='nothing was kept'):
+        run('llama2c')
+    assert not (tmp_path / 'to').exists()
+
+
+def test_what_is_not_a_number_has_not_arrived(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(llama2c.Reader, 'logits', lambda self, ids, positions: np.full(
+        (len(positions), self.config.vocab_size), np.nan, np.float32))
     with pytest.raises(UserError, match='nothing was kept'):
         run('llama2c')
     assert not (tmp_path / 'to').exists()

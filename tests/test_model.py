@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 
-from model import GPT, GPTConfig, Int8Linear, KVCache, StaticCache, pick, to_int8
+from model import GPT, GPTConfig, Int8Linear, KVCache, StaticCache, pick, plain_attention, to_int8
 
 GPT2_BLOCK = {'norm': 'layer', 'position': 'learned', 'mlp': 'gelu', 'bias': True}
 CASES = [
@@ -324,3 +324,28 @@ def test_choices_that_make_no_model_are_refused(choices, named):
 def test_more_tokens_than_the_context_are_refused():
     with pytest.raises(ValueError, match='block_size 16'):
         small()(torch.zeros(1, 17, dtype=torch.long))
+
+
+def test_plain_attention_drops_attention_alone():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 5, 4)
+    whole = plain_attention(q, k, v, 0.0)
+    dropped = [plain_attention(q, k, v, 0.5) for _ in range(4000)]
+    torch.testing.assert_close(torch.stack(dropped).mean(0), whole, atol=0.1, rtol=0)
+    first = torch.stack(dropped)[:, 0, 0, 0]  # sees itself alone: all or nothing, scaled up
+    assert set((first / v[0, 0, 0]).round().flatten().tolist()) == {0.0, 2.0}
+
+
+def test_compiled_generation_gives_the_same_tokens(monkeypatch):
+    monkeypatch.setattr(torch, 'compile', lambda step, **_: step)  # its caches and places are what matters
+    model, idx = small(), torch.randint(0, 23, (2, 3))
+    tokens = [torch.stack(list(model.generate(idx, 40, compile=how, seed=4))) for how in (False, True)]
+    assert torch.equal(*tokens)
+
+
+def test_flops_by_hand():
+    """Two operations a weight forward and four backward; the products of attention over a whole window."""
+    config = GPTConfig(16, vocab_size=23, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, mlp_width=48)
+    block = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48  # q, k and v, proj, swiglu
+    forward = 2 * (3 * block + 23 * 32) + 3 * 2 * 2 * 16 * 32  # scores and their sums: 2 products a layer
+    assert GPT(config).flops_per_token() == 3 * forward

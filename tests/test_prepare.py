@@ -227,6 +227,18 @@ def test_characters_come_from_the_stories_used(tmp_path, prepared):
     assert json.loads((tmp_path / 'out/tokenizer.json').read_text()) == [' ', 'a', 'b', 'c']
 
 
+def test_bpe_learns_from_training_stories_alone(tmp_path, prepared, monkeypatch):
+    learned, train = [], prepare.BPETokenizer.train
+
+    def noted(texts, vocab_size):
+        learned.extend(texts)
+        return train(learned, vocab_size)
+
+    monkeypatch.setattr(prepare.BPETokenizer, 'train', noted)
+    found = prepared(write_text(tmp_path / 's.txt'), encoding_type='bpe', vocab_size=500, val_percentage=30.0)
+    assert found['val'] and learned == found['train']
+
+
 def test_given_tokenizer(tmp_path, prepared):
     first, second = tmp_path / 'first', tmp_path / 'second'
     prepared(write_text(tmp_path / 's.txt'), first, encoding_type='bpe', vocab_size=500)
@@ -335,6 +347,7 @@ def start(*flags, **environment):
     return subprocess.Popen(
         [sys.executable, SCRIPT, *map(str, flags)], cwd='/', env={**os.environ, **environment},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a background job ignores
     )
 
 

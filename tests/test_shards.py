@@ -91,8 +91,8 @@ def test_the_fingerprint_changes_with_any_token(tmp_path):
     for i in range(3):
         changed = TOKENS.copy()
         changed[i] = 0
-        prints.add(fingerprint(prepare(tmp_path, train=changed)))
-    assert len(prints) == 3
+        prints |= {fingerprint(prepare(tmp_path, train=changed)), fingerprint(prepare(tmp_path, val=changed))}
+    assert len(prints) == 6
 
 
 def truncate(folder):

@@ -1,6 +1,7 @@
 """The parts of train.py, and the scripts run as a user runs them: train, resume, sample."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import train
-from checkpoint import load_checkpoint
+from checkpoint import load_checkpoint, save_checkpoint
 from configurator import SettingError, configure
 from model import GPT, GPTConfig
 
@@ -257,3 +258,104 @@ def test_a_model_is_tuned_from_where_it_stands(run, tmp_path):
         'n_layer is 3'
         in script(*words, '--dataset', folder / 'data', '--overwrite', '--n_layer=3', status=2).stderr
     )
+
+
+# What main() makes of its parts, on a model of two layers that learns nothing
+
+
+@pytest.fixture
+def quick(start, monkeypatch):
+    """quick(losses, *flags) trains with these losses in place of evaluations, drawing and telling nothing."""
+    monkeypatch.setattr(train, 'plot_losses', lambda folder: None)
+    monkeypatch.setattr(train, 'sample_story', lambda *_: '')
+
+    def run(losses, *flags):
+        coming = iter(losses)
+        monkeypatch.setattr(train, 'evaluate', lambda *_: {
+            'val_loss': next(coming), 'val_ppl': 1.0, 'val_bpb': 1.0, 'val_acc': 0.0})
+        start('--n_layer=1', '--block_size=16', '--optimizer=adamw', *flags)
+
+    return run
+
+
+def test_the_best_checkpoint_is_that_of_the_lowest_loss(quick, tmp_path):
+    quick([3.0, 2.0, 4.0], '--max_iters=2', '--eval_interval=1')
+    saved = {name: load_checkpoint(tmp_path / 'out' / name) for name in ('best.pt', 'ckpt.pt')}
+    assert [saved['best.pt'][key] for key in ('iter', 'best_val_loss')] == [1, 2.0]
+    assert [saved['ckpt.pt'][key] for key in ('iter', 'best_val_loss')] == [2, 2.0]
+    quick([2.5], '--init_from=resume', '--max_iters=2')  # lower than the last, but not the lowest
+    assert load_checkpoint(tmp_path / 'out' / 'best.pt')['iter'] == 1
+
+
+def test_resuming_keeps_the_scale_of_the_loss_and_takes_a_given_rate(quick, tmp_path):
+    quick([3.0, 3.0], '--max_iters=2', '--eval_interval=2', '--dtype=float16', '--learning_rate=0.5')
+    path = tmp_path / 'out' / 'ckpt.pt'
+    checkpoint = load_checkpoint(path)
+    checkpoint['scaler']['scale'] = 1024.0
+    save_checkpoint(path, checkpoint)
+    quick([3.0, 3.0], '--init_from=resume', '--max_iters=3', '--eval_interval=3', '--dtype=float16',
+          '--learning_rate=0.25', '--warmup_iters=0')
+    assert load_checkpoint(path)['scaler']['scale'] == 1024.0
+    assert metrics(tmp_path / 'out')[-2]['lr'] == pytest.approx(0.25 / 3)  # the last of three steps
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'float16'])
+@pytest.mark.parametrize('grad_clip', [0.0, 0.01])
+def test_gradients_are_clipped_at_their_own_size(quick, tmp_path, monkeypatch, dtype, grad_clip):
+    """float16 scales them up, and clipping comes after they are scaled back."""
+    norms, updates = [], []
+
+    def measured(parameters, largest):
+        parameters = list(parameters)
+        norms.append((clip(parameters, math.inf).item(), largest))
+        return clip(parameters, largest)
+
+    def updated(opt, *_, **__):
+        grads = [p.grad for group in opt.param_groups for p in group['params']]
+        updates.append(torch.stack([grad.norm() for grad in grads]).norm().item())
+
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', measured)
+    monkeypatch.setattr(torch.optim.AdamW, 'step', updated)
+    quick([3.0, 3.0], '--max_iters=1', f'--dtype={dtype}', f'--grad_clip={grad_clip}')
+    (norm, largest), = norms
+    assert 0.1 < norm < 10 and largest == (grad_clip or math.inf)
+    assert updates[0] == pytest.approx(min(norm, largest), rel=1e-3)
+    assert metrics(tmp_path / 'out')[1]['grad_norm'] == pytest.approx(norm, rel=1e-4)
+
+
+def test_each_step_and_rank_has_its_own_dropout(quick, monkeypatch):
+    seeds, seed = [], torch.manual_seed
+    monkeypatch.setattr(torch, 'manual_seed', lambda number: seeds.append(number) or seed(number))
+    quick([3.0, 3.0], '--max_iters=3', '--eval_interval=3')
+    assert [train.step_seed(it, 0) for it in range(3)] == seeds[-3:]
+    assert len({train.step_seed(it, rank) for it in range(4) for rank in range(4)}) == 16
+
+
+def test_the_rates_and_betas_of_the_optimizers(settings):
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=8))
+    settings(optimizer='muon', learning_rate=0.0, beta1=0.8, beta2=0.7, weight_decay=0.3)
+    muon, adamw = train.make_optimizers(model)
+    assert {group['peak_lr'] for group in muon.param_groups} == {0.02}  # twice AdamW's
+    assert {group['peak_lr'] for group in adamw.param_groups} == {0.01}
+    assert {group['betas'] for group in adamw.param_groups} == {(0.8, 0.7)}
+    assert {group['weight_decay'] for group in muon.param_groups} == {0.3}
+    settings(optimizer='adamw', learning_rate=0.0)
+    assert {group['peak_lr'] for group in train.make_optimizers(model)[0].param_groups} == {1e-3}
+    settings(optimizer='muon', learning_rate=0.5)
+    muon, adamw = train.make_optimizers(model)
+    assert muon.param_groups[0]['peak_lr'] == 1.0 and adamw.param_groups[0]['peak_lr'] == 0.5
+
+
+def test_a_rank_computes_on_its_own_device(start, monkeypatch):
+    asked = []
+
+    def choose(name, local_rank=0):
+        asked.append(local_rank)
+        raise SettingError('enough')
+
+    monkeypatch.setattr(train, 'choose_device', choose)
+    monkeypatch.setenv('LOCAL_RANK', '3')
+    with pytest.raises(SettingError, match='enough'):
+        start()
+    assert asked == [3]
