@@ -1,268 +1,169 @@
 """Settings of a script: its public module globals, overridden by config files and `--key value` flags.
 
-A script declares each setting once, at its top level, with a comment that `--help` prints:
-
-    max_iters = 2000  # steps of training
-
-and ends in
-
-    if __name__ == '__main__':
-        configure(globals())
-        run(main)
-
-A Python config is code: it runs with the rights of whoever starts the script. A JSON config only sets values.
+A script declares each at its top level, on one line with the comment that `--help` prints, as in
+`max_iters = 2000  # steps of training`, and ends in `configure(globals())` and `run(main)`.
 """
 
 import ast
 import contextlib
 import difflib
 import functools
-import glob
-import io
 import json
 import math
 import os
+import re
 import reprlib
-import signal
 import sys
-import time
-import tokenize
 import traceback
+from pathlib import Path
+
+from errors import SettingError, run
 
 KINDS = {bool: 'True or False', int: 'an int', float: 'a finite number', str: 'a str'}
-MISTAKABLE = (*KINDS, list, tuple, set, dict, type(None))  # public in a config, it was meant as a setting
 ENDINGS = ('.py', '.json')
 
 
-class UserError(Exception):
-    """A person's mistake: `run` prints it as one line on stderr and exits with `status`."""
-
-    status = 1
-
-
-class SettingError(UserError):
-    """A mistake in the settings, on the command line or in a config file."""
-
-    status = 2
+def in_range(above=-math.inf, at_least=-math.inf, below=math.inf, at_most=math.inf, **values):
+    """Raises SettingError where one of the values, each given by its setting's name, is out of range."""
+    limits = {'above': above, 'at least': at_least, 'below': below, 'at most': at_most}
+    wanted = ' and '.join(f'{word} {limit}' for word, limit in limits.items() if math.isfinite(limit))
+    for name, value in values.items():
+        if not (above < value < below and at_least <= value <= at_most):
+            raise SettingError(f'{name} is {value}; it must be {wanted}')
 
 
-def run(main, *args):
-    """Call `main(*args)`; what is no bug becomes one line on stderr and an exit status.
-
-    A UserError exits with its status, an OSError with 1, Ctrl-C with 130, a closed pipe (`sample.py | head`)
-    silently with 141. Everything else keeps its traceback.
-    """
-    try:
-        main(*args)
-        print(end='', flush=True)  # a full disk or a closed pipe shows here at the latest
-        return
-    except KeyboardInterrupt:
-        status, message = 130, ''
-    except BrokenPipeError:
-        status, message = 141, ''
-    except UserError as error:
-        status, message = error.status, str(error)
-    except OSError as error:
-        named = f'{error.filename}: ' if error.filename is not None else ''
-        status, message = 1, named + (error.strerror or str(error))
-    try:
-        print(end='', flush=True)
-    except OSError:  # what stdout will not take is dropped, or Python would complain of it once more at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if message and int(os.environ.get('LOCAL_RANK', 0)):
-        # A mistake is mostly one of all ranks: rank 0 tells of it, and torchrun ends those that wait here.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(5)
-    if message:
-        print(f'{os.path.basename(sys.argv[0])}: {" ".join(message.splitlines())}', file=sys.stderr)
-    raise SystemExit(status)
+def one_of(choices, **values):
+    """Raises SettingError where one of the values, each given by its setting's name, is no choice."""
+    for name, value in values.items():
+        if value not in choices:
+            raise SettingError(f"{name} is {value!r}; type --{name} and one of {', '.join(choices)}")
 
 
 def configure(settings_globals, argv=None, base=None):
-    """Override a script's settings, in place, by the config files and flags of `argv` (sys.argv[1:] if None).
+    """Override a script's settings, in place, by the config files and flags of `argv` or the command line.
 
-    Precedence: defaults, `base`, config files in the order given, flags. `base` is for a script that resumes:
-    base({name: value}) is called once, with the settings as they are without it, which say where the
-    checkpoint is, and returns the checkpoint's {name: value}; what the script does not declare is ignored, as
-    a checkpoint may be older than the script. The files then run again, to compute from those values.
-
-    A mistake is one line on stderr and exit status 2, and leaves the globals as they were; `--help` exits
-    with 0. An error that `base` raises ends the script as one in `run` does.
+    Precedence: defaults, `base`, config files in their order, flags. base({name: value}) gets the settings
+    without it, which say where a checkpoint to resume is, and returns the checkpoint's; the files then run
+    again. A mistake ends the script as in `run` and leaves the globals as they were.
     """
-    run(_configure, settings_globals, sys.argv[1:] if argv is None else argv, base)
+    def override():
+        words, defaults = sys.argv[1:] if argv is None else list(argv), settings(settings_globals)
+        if {'-h', '--help'} & {*words}:
+            print_help(settings_globals)
+            raise SystemExit(0)
+        files, flags = parse(words, defaults)
+
+        def overridden(current):
+            for path in files:
+                current = current | read_config(path, current)
+            return current | flags
+
+        current = overridden(defaults)
+        if base and (saved := base(dict(current))):
+            known = {key: value for key, value in saved.items() if key in defaults}
+            current = overridden(defaults | checked(known, defaults, 'in the checkpoint'))
+        settings_globals.update(current)
+
+    run(override)
 
 
 def settings(settings_globals):
     """A script's current settings, {name: value}: its own public globals of type bool, int, float or str."""
-    names = _comments(settings_globals['__file__'])
+    names = declarations(settings_globals['__file__'])
     return {name: settings_globals[name] for name in names if type(settings_globals.get(name)) in KINDS}
 
 
-def _configure(settings_globals, argv, base):
-    defaults = settings(settings_globals)
-    files, flags = _parse(argv, defaults, settings_globals)
-
-    def overridden(current):
-        for path in files:
-            current = current | _read_config(path, current)
-        return current | flags
-
-    current = overridden(defaults)
-    if base and (saved := base(dict(current))):
-        known = {key: value for key, value in saved.items() if key in defaults}
-        current = overridden(defaults | _checked(known, defaults, 'in the checkpoint'))
-    settings_globals.update(current)
-
-
 @functools.cache  # a script edited while it runs must not change which settings its checkpoints hold
-def _comments(path):
-    """{name: comment on its line} of the public names that a script itself assigns at its top level."""
-    with tokenize.open(path) as file:
-        source = file.read()
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    by_line = {token.start[0]: token.string.strip('# ') for token in tokens if token.type == tokenize.COMMENT}
-    return {
-        target.id: by_line.get(node.end_lineno, '')
-        for node in ast.parse(source).body
-        if isinstance(node, (ast.Assign, ast.AnnAssign))
-        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
-        if isinstance(target, ast.Name) and not target.id.startswith('_')
-    }
+def declarations(path):
+    """{name: comment on its line} of the public names that a script assigns at its top level."""
+    source = Path(path).read_text(encoding='utf-8')
+    return dict(re.findall(r'^([A-Za-z]\w*)(?:: \w+)? = .*?(?:  # (.*))?$', source, re.M))
 
 
-def _parse(argv, defaults, settings_globals):
+def parse(words, defaults):
     """The command line as ([path of a config file], {key: value of its last flag})."""
-    kinds = {key: type(value) for key, value in defaults.items()} | {'config_file': str}
-    files, flags = [], {}
-    words = list(argv)
+    where, files, flags, known = 'on the command line', [], {}, defaults | {'config_file': ''}
     while words:
         word = words.pop(0)
-        if word in ('-h', '--help'):
-            _print_help(defaults, settings_globals)
-            raise SystemExit(0)
-        if not word.startswith('-'):
-            word = f'--config_file={word}'
-        key, equals, text = word.removeprefix('--').partition('=')
-        if key not in kinds:
-            raise _unknown(key, kinds, 'on the command line')
-        if not equals and kinds[key] is bool:
-            # true, 0 and the like are taken only to be refused as values, not as names of config files
-            has_value = words and words[0].lower() in ('true', 'false', '0', '1')
-            text = words.pop(0) if has_value else 'True'
-        elif not equals:
-            if not words or (words[0].startswith('--') and words[0][2:3].isalpha()):
-                raise SettingError(f'--{key} needs a value (for one that starts with --, type --{key}=--...)')
-            text = words.pop(0)
+        word = word if word.startswith('-') else f'--config_file={word}'
+        key, equals, value = word.removeprefix('--').partition('=')
+        checked({key: known.get(key)}, known, where)  # refuses an unknown one
+        # true, 0 and the like are taken only to be refused as values, not as names of config files
+        bare = type(known[key]) is bool and not re.match('(?i)(true|false|[01])$', ' '.join(words[:1]))
+        if not equals and not bare and (not words or re.match('--[A-Za-z]', words[0])):
+            raise SettingError(f'--{key} needs a value (for one that starts with --, type --{key}=--...)')
+        if not equals:
+            value = 'True' if bare else words.pop(0)
         if key == 'config_file':
-            files.append(_find_config(text))
-        else:
-            flags[key] = _typed(key, _from_text(text, kinds[key]), kinds[key], 'on the command line')
+            files.append(find_config(value))
+            continue
+        if type(known[key]) is not str:
+            with contextlib.suppress(Exception):  # what is no literal stays text, and so of the wrong type
+                value = ast.literal_eval(value)
+        flags |= checked({key: value}, known, where)
     return files, flags
 
 
-def _from_text(text, kind):
-    if kind is bool:
-        return {'True': True, 'False': False}.get(text, text)
-    try:
-        return kind(text)
-    except ValueError:
-        return text  # of the wrong type, as `_typed` will say
+def checked(values, known, where):
+    """`values` in the types of the `known` ones. Raises SettingError for a name or a type that is not theirs.
+    An int does for a float; a bool is no number; nan and inf are mistakes."""
+    plain = {}
+    for key, value in values.items():
+        if key not in known:
+            raise SettingError(f'unknown setting {key!r} {where}{nearest(key, known)} (--help lists all)')
+        kind = type(known[key])
+        fits = isinstance(value, (int, float) if kind is float else kind)
+        fits = fits and isinstance(value, bool) == (kind is bool)
+        if not fits or (kind is float and not abs(value) <= sys.float_info.max):
+            raise SettingError(f'{key!r} {where} must be {KINDS[kind]}, not {reprlib.repr(value)}')
+        plain[key] = kind(value)  # where it was, say, numpy's float64
+    return plain
 
 
-def _typed(key, value, kind, where):
-    """`value` as a plain `kind`. An int does for a float; a bool is no number; nan and inf are mistakes."""
-    accepted = (int, float) if kind is float else kind
-    if isinstance(value, accepted) and isinstance(value, bool) == (kind is bool):
-        with contextlib.suppress(OverflowError):  # an int beyond all floats
-            plain = kind(value)  # of a subclass too, such as numpy's float64
-            if kind is not float or math.isfinite(plain):
-                return plain
-    raise SettingError(f'{key!r} {where} must be {KINDS[kind]}, not {reprlib.repr(value)}')
+def nearest(name, names):
+    return ''.join(f'; did you mean {match!r}?' for match in difflib.get_close_matches(name, names, 1))
 
 
-def _unknown(key, known, where):
-    return SettingError(f'unknown setting {key!r} {where}{_nearest(key, known)} (--help lists all)')
-
-
-def _nearest(name, names):
-    matches = difflib.get_close_matches(name, names, 1)
-    return f'; did you mean {matches[0]!r}?' if matches else ''
-
-
-def _find_config(path):
+def find_config(path):
     """The file meant by `path`, which may leave out its ending."""
-    candidates = [path] if path.endswith(ENDINGS) else [path + ending for ending in ENDINGS]
-    for candidate in candidates:
-        if os.path.exists(candidate):
+    for candidate in path, f'{path}.py', f'{path}.json':
+        if candidate.endswith(ENDINGS) and os.path.exists(candidate):
             return candidate
-    neighbours = glob.glob(os.path.join(glob.escape(os.path.dirname(path)), '*'))
-    nearest = _nearest(candidates[0], [name for name in neighbours if name.endswith(ENDINGS)])
-    raise SettingError(f'no config file {" or ".join(map(repr, candidates))}{nearest}')
+    there = [os.path.join(os.path.dirname(path), other.name) for other in Path(path).parent.glob('*')]
+    close = nearest(path, [other for other in there if other.endswith(ENDINGS)])
+    raise SettingError(f'no config file {path!r} (.py or .json){close}')
 
 
-def _read_config(path, current):
+def read_config(path, current):
     """The settings that a config file gives, {name: value}, when those so far are `current`."""
     try:
-        with open(path, 'rb') as file:
-            source = file.read()
-    except OSError as error:
-        raise SettingError(f'cannot read {path}: {error.strerror}') from None
-    values = _read_json(path, source) if path.endswith('.json') else _run_python(path, source, current)
-    return _checked(values, current, f'in {path}')
-
-
-def _read_json(path, source):
-    def without_duplicates(pairs):
-        values = {}
-        for key, value in pairs:
-            if key in values:
-                raise ValueError(f'{key!r} stands there twice')
-            values[key] = value
-        return values
-
-    try:
-        values = json.loads(source.decode('utf-8-sig'), object_pairs_hook=without_duplicates)
-    except (ValueError, RecursionError) as error:  # broken UTF-8 is a ValueError, and so is broken JSON
-        raise SettingError(f'{path}: {error}') from None
-    if not isinstance(values, dict):
-        raise SettingError(f'{path} must hold an object, {{"name": value, ...}}, not {reprlib.repr(values)}')
-    return values
-
-
-def _run_python(path, source, current):
-    namespace = {**current, '__name__': 'config', '__file__': path}
-    try:
-        tree = ast.parse(source, path)
-        exec(compile(tree, path, 'exec'), namespace)
-    except Exception as error:
-        frames = traceback.walk_tb(error.__traceback__)
-        lines = [line for frame, line in frames if frame.f_code.co_filename == path]
-        line = lines[-1] if lines else getattr(error, 'lineno', None)  # a SyntaxError of its own has no frame
+        source = Path(path).read_bytes()
+        values = run_python(path, source, current) if path.endswith('.py') else json.loads(source)
+    except Exception as error:  # a Python config may raise anything
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        line = getattr((frames or [error])[-1], 'lineno', None)  # a SyntaxError of its own has no frame
         reason = traceback.format_exception_only(error)[-1].strip()
         raise SettingError(f'{path}{f", line {line}" if line else ""}: {reason}') from None
-    # What a config imports or defines is its own affair: only what it assigns in public must be a setting.
+    if not isinstance(values, dict):
+        raise SettingError(f'{path} must hold an object, {{"name": value, ...}}, not {reprlib.repr(values)}')
+    return checked(values, current, f'in {path}')
+
+
+def run_python(path, source, current):
+    """A Python config is code: it runs with the rights of whoever starts the script."""
+    tree, namespace = ast.parse(source, path), {**current, '__name__': 'config', '__file__': path}
+    exec(compile(tree, path, 'exec'), namespace)
+    # what a config imports or defines is its own affair: only what it assigns in public must be a setting
     names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
-    stored = {node.id for node in names if isinstance(node.ctx, ast.Store)}
-    return {
-        name: value
-        for name, value in namespace.items()
-        if name in current or (name in stored and not name.startswith('_') and isinstance(value, MISTAKABLE))
-    }
+    stored = {node.id for node in names if isinstance(node.ctx, ast.Store) and node.id[0] != '_'}
+    return {name: value for name, value in namespace.items()
+            if name in current or (name in stored and not callable(value))}
 
 
-def _checked(values, current, where):
-    for key in values:
-        if key not in current:
-            raise _unknown(key, current, where)
-    return {key: _typed(key, value, type(current[key]), where) for key, value in values.items()}
-
-
-def _print_help(defaults, settings_globals):
-    if settings_globals.get('__doc__'):
-        print(settings_globals['__doc__'].strip() + '\n')
+def print_help(settings_globals):
+    print((settings_globals.get('__doc__') or '').strip() + '\n')
     print(f'usage: python {sys.argv[0]} [config file, .py or .json ...] [--key value ...]\n\nsettings:')
-    comments = _comments(settings_globals['__file__'])
-    width = max(map(len, defaults), default=0)
+    defaults, comments = settings(settings_globals), declarations(settings_globals['__file__'])
     for key, value in defaults.items():
         default = f'{type(value).__name__} = {value!r}'
-        print(f'  --{key:{width}}  {default:24}  {comments[key]}'.rstrip())
+        print(f'  --{key:{max(map(len, defaults))}}  {default:24}  {comments[key]}'.rstrip())

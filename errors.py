@@ -1,0 +1,70 @@
+"""What is a person's mistake, and no bug: one line on stderr and an exit status, never a traceback."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import time
+
+
+class UserError(Exception):
+    """A person's mistake: `run` prints it as one line on stderr and exits with `status`."""
+    status = 1
+
+
+class SettingError(UserError):
+    """A mistake in the settings, on the command line or in a config file."""
+    status = 2
+
+
+def run(main):
+    """Call `main()`: a mistake, an OSError or Ctrl-C ends in one line and a status, a bug in a traceback."""
+    message = ''
+    try:
+        main()
+        print(end='', flush=True)  # a full disk or a closed pipe shows here at the latest
+        return
+    except (KeyboardInterrupt, BrokenPipeError) as error:  # the latter as in `sample.py | head`
+        status = 130 if isinstance(error, KeyboardInterrupt) else 141
+    except UserError as error:
+        status, message = error.status, str(error)
+    except ModuleNotFoundError as error:  # an optional package, imported where it is used
+        status, message = 1, f'this needs a package: pip install {error.name}'
+    except OSError as error:
+        status, message = 1, ': '.join(map(str, filter(None, (error.filename, error.strerror or error))))
+    try:
+        print(end='', flush=True)
+    except OSError:  # what stdout will not take is dropped, or Python would complain of it once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if message:
+        if int(os.environ.get('LOCAL_RANK', 0)):
+            # mostly it is one of all ranks: rank 0 tells of it, and torchrun ends those that wait here
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(5)
+        print(f'{os.path.basename(sys.argv[0])}: {" ".join(message.splitlines())}', file=sys.stderr)
+    raise SystemExit(status)
+
+
+def be_a_worker():
+    """In a worker process: Ctrl-C is the parent's to tell of, and no worker outlives its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == 'linux':
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+@contextlib.contextmanager
+def reading(what, problem='is damaged or not what it should be'):
+    """The door for what comes from outside: any error in here is one line, "WHAT PROBLEM: reason".
+
+    UserErrors pass as they are, and so does the want of a package.
+    """
+    try:
+        yield
+    except Exception as error:  # of one broken file, many libraries have many
+        while error.__cause__:
+            error = error.__cause__
+        if isinstance(error, (UserError, ModuleNotFoundError)):
+            raise error from None
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        raise UserError(f'{what} {problem}: {reason[:300]}') from None

@@ -1,0 +1,83 @@
+"""What ends a script: its status, its one line, and what a door makes of an error."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from errors import SettingError, UserError, reading, run
+from tests.tiny import ROOT
+
+
+@pytest.mark.parametrize(('body', 'status', 'line'), [
+    ("raise UserError('no data\\nhere')", 1, 'script.py: no data here\n'),
+    ("raise SettingError('wrong')", 2, 'script.py: wrong\n'),
+    ("open('no_such/file')", 1, 'script.py: no_such/file: No such file or directory\n'),
+    ("raise OSError('bad disk')", 1, 'script.py: bad disk\n'),
+    ('import no_such_package', 1, 'script.py: this needs a package: pip install no_such_package\n'),
+    ('raise KeyboardInterrupt', 130, ''),
+    ('raise BrokenPipeError', 141, ''),
+])
+def test_run(monkeypatch, capsys, body, status, line):
+    monkeypatch.setattr(sys, 'argv', ['some/script.py'])
+    with pytest.raises(SystemExit) as exit:
+        run(lambda: exec(body, {'UserError': UserError, 'SettingError': SettingError}))
+    assert exit.value.code == status
+    assert capsys.readouterr() == ('', line)
+
+
+def test_run_leaves_a_bug_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize(('rank', 'expected'), [
+    ('0', []), ('1', [(signal.SIGTERM, signal.SIG_DFL), 5])])  # so torchrun can end it as it waits
+def test_rank_0_tells_of_a_mistake_of_all_ranks(monkeypatch, capsys, rank, expected):
+    calls = []
+    monkeypatch.setenv('LOCAL_RANK', rank)
+    monkeypatch.setattr('errors.time.sleep', calls.append)
+    monkeypatch.setattr('errors.signal.signal', lambda *args: calls.append(args))
+    with pytest.raises(SystemExit):
+        run(lambda: os.stat('no_such/file'))
+    assert calls == expected and 'no_such/file' in capsys.readouterr().err
+
+
+def python(code, stdout):
+    """A Python, ended, that has buffered what it prints."""
+    return subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=os.environ | {'PYTHONUNBUFFERED': ''},
+                          stdout=stdout, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full')
+def test_a_reader_that_has_gone_is_no_error_and_a_full_disk_is_one_line():
+    reader, gone = os.pipe()
+    os.close(reader)
+    full = os.open('/dev/full', os.O_WRONLY)
+    for stdout, status, line in (gone, 141, ''), (full, 1, '-c: No space left on device\n'):
+        done = python("from errors import run; run(lambda: print('said'))", stdout)
+        os.close(stdout)
+        assert (done.returncode, done.stderr) == (status, line)
+
+
+def test_a_worker_leaves_ctrl_c_to_its_parent():
+    code = "import os, errors; errors.be_a_worker(); os.kill(os.getpid(), 2); print('goes on')"
+    assert python(code, subprocess.PIPE).stdout == 'goes on\n'
+
+
+@pytest.mark.parametrize('times', [0, 1, 2])  # that libraries have wrapped it in errors of their own
+@pytest.mark.parametrize('error, line', [
+    (ValueError('bad  thing\nin lines'), 'f.bin is damaged or not what it should be: bad thing in lines'),
+    (ValueError('x' * 999), 'f.bin is damaged or not what it should be: ' + 'x' * 300),
+    (RecursionError(), 'f.bin is damaged or not what it should be: RecursionError'),
+    (UserError('as it is'), 'as it is'),
+])
+def test_any_error_behind_the_door_is_one_line(error, line, times):
+    for _ in range(times):
+        inner, error = error, KeyError('wrapped')
+        error.__cause__ = inner
+    with pytest.raises(UserError) as told, reading('f.bin'):
+        raise error
+    assert str(told.value) == line
