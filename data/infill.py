@@ -2,12 +2,12 @@
 
 A story of three sentences or more becomes the ids
 
-    delimiter, first sentence, <blank>, last sentence, <middle>, middle
+    delimiter, prefix, <blank>, suffix, <middle>, middle
 
-which is the method of Bavarian et al. 2022, "Efficient Training of Language Models to Fill in the Middle", at
-the level of sentences. first + middle + last is the story exactly: the middle carries the white space on both
-of its sides. The first and the last sentence are each encoded as a text of its own, as a person's will be
-(char and bpe put one space before it); the middle goes on from the first, with the tokens of a plain story.
+the prefix being its first sentence and the suffix its last: the method of Bavarian et al. 2022, "Efficient
+Training of Language Models to Fill in the Middle". prefix + middle + suffix is the story exactly: the middle
+has the white space on both of its sides. Prefix and suffix are each encoded as a text of its own, as a
+person's will be (char and bpe put a space before it); the middle goes on with the tokens of a plain story.
 """
 
 import re
@@ -61,12 +61,12 @@ _END = re.compile(
 
 
 def sentences(story):
-    """Its first sentence, its middle and its last sentence, or None if it has fewer than three sentences."""
+    """Its prefix, middle and suffix, or None if it has fewer than three sentences."""
     ends = [match.end() for match in _END.finditer(story) if match.lastgroup]
     if len(ends) < 2:
         return None
-    last = story[ends[-1]:].lstrip()
-    return story[:ends[0]], story[ends[0]:len(story) - len(last)], last
+    suffix = story[ends[-1]:].lstrip()
+    return story[:ends[0]], story[ends[0]:len(story) - len(suffix)], suffix
 
 
 def chosen(story, rate):
@@ -75,42 +75,36 @@ def chosen(story, rate):
     return int.from_bytes(number, 'little') < rate * 2**64
 
 
-def encode(coder, stories, rate):
+def encode(enc, stories, rate):
     """Encodes whole stories for shards, the share `rate` of them for infilling.
 
-    coder: a Tokenizer. stories: list of non-empty str.
-    Returns the ids (uint16, 1-D), and for each story the number of its ids (int64) and what became of it
-    (uint8): PLAIN, INFILLED, or TOO_SHORT (chosen, but plain for want of three sentences).
+    enc: a Tokenizer. stories: list of non-empty str.
+    Returns the ids (uint16, 1-D), and what became of each story: PLAIN, INFILLED, or TOO_SHORT, which
+    is chosen, but plain for want of three sentences.
     """
-    pieces, kinds = [], np.zeros(len(stories), np.uint8)
-    for i, story in enumerate(stories):
-        parts = None
-        if rate and chosen(story, rate):
-            parts = sentences(story)
-            kinds[i] = INFILLED if parts else TOO_SHORT
-        if parts:
-            first, middle, last = parts
-            pieces += [(first, True), (last, True), (middle, False)]
-        else:
-            pieces.append((story, True))
-    ids, lengths = coder.encode_pieces(pieces)
-    infilled = kinds == INFILLED
+    pieces, kinds = [], []
+    for story in stories:
+        turned = rate > 0 and chosen(story, rate)
+        parts = sentences(story) if turned else None
+        prefix, middle, suffix = parts or (story, '', '')
+        pieces += [(prefix, True), (suffix, True), (middle, False)] if parts else [(story, True)]
+        kinds.append(INFILLED if parts else TOO_SHORT if turned else PLAIN)
+    ids, lengths = enc.encode_pieces(pieces)
+    infilled = np.array(kinds) == INFILLED
     ends = lengths.cumsum()
-    final = np.where(infilled, 3, 1).cumsum() - 1  # the last piece of each story
-    middles = final[infilled]
-    ids[ends[middles - 2]] = coder.blank  # where encode_pieces has put the delimiter of the last sentence
-    ids = np.insert(ids, ends[middles - 1], coder.middle)
-    return ids, np.diff(ends[final], prepend=0) + infilled, kinds
+    middles = (np.where(infilled, 3, 1).cumsum() - 1)[infilled]  # which of the pieces
+    ids[ends[middles - 2]] = enc.blank  # where encode_pieces has put the delimiter of the suffix
+    return np.insert(ids, ends[middles - 1], enc.middle), kinds
 
 
-def decode(coder, ids):
+def decode(enc, ids):
     """The story of `ids` (list of int), which `encode` turned around, or left plain."""
-    if coder.blank not in ids or coder.middle not in ids:
-        return coder.decode(ids)
-    blank, middle = ids.index(coder.blank), ids.index(coder.middle)
-    return coder.decode(ids[:blank] + ids[middle + 1:]) + coder.decode(ids[blank + 1:middle])
+    if enc.blank not in ids or enc.middle not in ids:
+        return enc.decode(ids)
+    blank, middle = ids.index(enc.blank), ids.index(enc.middle)
+    return enc.decode(ids[:blank] + ids[middle + 1:]) + enc.decode(ids[blank + 1:middle])
 
 
-def prompt(coder, first, last):
+def prompt(enc, prefix, suffix):
     """The ids (list of int) after which a model writes the middle between two sentences."""
-    return [coder.delimiter, *coder.encode(first), coder.blank, *coder.encode(last), coder.middle]
+    return [enc.delimiter, *enc.encode(prefix), enc.blank, *enc.encode(suffix), enc.middle]

@@ -1,15 +1,23 @@
 """Token shards, flat little-endian uint16 files that are one stream: write them, map them, serve batches."""
 
 import bisect
+import contextlib
 import hashlib
+import itertools
 import json
+import math
+import re
+import shutil
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from configurator import UserError
+from errors import SettingError, UserError, reading
 
 SHARD_TOKENS = 100_000_000
+PREPARED = re.compile(r'(train|val)_\d{5}\.bin|tokenizer\.(json|model|tiktoken)')  # beside meta.json
 PREPARE = 'run data/tiny_stories/prepare.py, or name a prepared folder with --dataset'
 
 
@@ -18,43 +26,63 @@ class ShardWriter:
 
     def __init__(self, folder, split, shard_tokens=SHARD_TOKENS):
         self.folder, self.split, self.shard_tokens = Path(folder), split, shard_tokens
-        self.shards, self.file = [], None
+        self.shards = []  # what meta.json says of each, but for the hash, which is not finished
 
     def write(self, tokens):
         """Append `tokens`, a 1-D uint16 array."""
         while len(tokens):
-            if self.file is None:
-                self._open()
-            head = tokens[:self.shard_tokens - self.shards[-1]['tokens']]
+            if not self.shards or self.shards[-1]['tokens'] == self.shard_tokens:
+                name = f'{self.split}_{len(self.shards):05d}.bin'
+                self.shards.append({'name': name, 'tokens': 0, 'sha256': hashlib.sha256()})
+            shard = self.shards[-1]
+            head, tokens = np.split(tokens, [self.shard_tokens - shard['tokens']])
             data = head.astype('<u2', copy=False).tobytes()
-            self.file.write(data)
-            self.hash.update(data)
-            self.shards[-1]['tokens'] += len(head)
-            if self.shards[-1]['tokens'] == self.shard_tokens:
-                self._finish()
-            tokens = tokens[len(head):]
+            with open(self.folder / shard['name'], 'ab' if shard['tokens'] else 'wb') as file:
+                file.write(data)
+            shard['sha256'].update(data)
+            shard['tokens'] += len(head)
 
     def close(self):
-        """End the last shard; return what meta.json says of the shards: a list of {name, tokens, sha256}."""
-        if self.file:
-            self._finish()
-        return self.shards
+        """What meta.json says of the shards: a list of {name, tokens, sha256}."""
+        return [shard | {'sha256': shard['sha256'].hexdigest()} for shard in self.shards]
 
-    def _open(self):
-        name = f'{self.split}_{len(self.shards):05d}.bin'
-        self.file, self.hash = open(self.folder / name, 'wb'), hashlib.sha256()  # noqa: SIM115 (closed in _finish)
-        self.shards.append({'name': name, 'tokens': 0, 'sha256': ''})
 
-    def _finish(self):
-        self.file.close()
-        self.file = None
-        self.shards[-1]['sha256'] = self.hash.hexdigest()
+@contextlib.contextmanager
+def replacing(folder):
+    """Yields temporary folders (new, cache): if all went well, what is in `new` replaces what was prepared.
+
+    meta.json goes first and comes last, so that at no moment it tells of files that are not its own. What
+    killed runs left is removed. Raises UserError where it cannot write to `folder`.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob('.preparing-*'):
+            shutil.rmtree(left)
+        with tempfile.TemporaryDirectory('', '.preparing-', folder, ignore_cleanup_errors=True) as path:
+            new, cache = Path(path, 'new'), Path(path, 'cache')
+            new.mkdir()
+            cache.mkdir()
+            yield new, cache
+            (folder / 'meta.json').unlink(missing_ok=True)
+            for old in folder.iterdir():
+                if PREPARED.fullmatch(old.name):
+                    old.unlink()
+            for file in sorted(new.iterdir(), key=lambda file: file.name == 'meta.json'):
+                file.replace(folder / file.name)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f'cannot write to {folder} ({reason}): name another folder with --out_dir') from None
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # empty, where nothing came of it
 
 
 def read_meta(folder):
     """The meta.json of a prepared folder, a dict. Raises UserError where there is none or it is damaged."""
     path = Path(folder) / 'meta.json'
-    try:
+    if not path.is_file():
+        raise UserError(f'{folder} holds no prepared data (no meta.json): {PREPARE}')
+    with reading(path, f'is damaged ({PREPARE})'):
         meta = json.loads(path.read_text(encoding='utf-8'))
         for split in 'train', 'val':
             for shard in meta['splits'][split]['shards']:
@@ -66,10 +94,6 @@ def read_meta(folder):
                 raise ValueError(f'{split} has no text')
         if not (isinstance(meta['encoding'], str) and isinstance(meta['vocab_size'], int)):
             raise ValueError('encoding or vocab_size')
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f'{folder} holds no prepared data (no meta.json): {PREPARE}') from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{path} is damaged ({error!r}): {PREPARE}') from None
     return meta
 
 
@@ -82,10 +106,11 @@ def fingerprint(meta):
 class Split:
     """One split of a prepared folder: its memory-mapped shards as one stream of `n_tokens` tokens."""
 
-    def __init__(self, folder, split):
+    def __init__(self, folder, split, verify=False):
+        """Raises UserError where the shards are not as meta.json says: their lengths, and if `verify` their
+        hashes."""
         self.folder, self.meta = Path(folder), read_meta(folder)
         info = self.meta['splits'][split]
-        self.hashes = [shard['sha256'] for shard in info['shards']]
         self.n_bytes = info['bytes']
         self.names = [shard['name'] for shard in info['shards']]
         self.shards, self.starts, self.n_tokens = [], [], 0
@@ -93,22 +118,15 @@ class Split:
             path = self.folder / shard['name']
             if not path.is_file():
                 raise UserError(f'{path} is missing, though meta.json names it: {PREPARE}')
-            if path.stat().st_size != 2 * shard['tokens']:
-                raise UserError(f"{path} has {path.stat().st_size:,} bytes; meta.json says "
-                                f"{shard['tokens']:,} tokens, {2 * shard['tokens']:,} bytes: {PREPARE}")
+            if (size := path.stat().st_size) != 2 * shard['tokens']:
+                raise UserError(f"{path} has {size:,} bytes for {shard['tokens']:,} tokens of 2: {PREPARE}")
             self.shards.append(np.memmap(path, dtype='<u2', mode='r'))
+            if verify and hashlib.sha256(self.shards[-1]).hexdigest() != shard['sha256']:
+                raise UserError(f'{path} does not have the sha256 that meta.json says: {PREPARE}')
             self.starts.append(self.n_tokens)
             self.n_tokens += shard['tokens']
         if self.n_tokens < 2:
-            raise UserError(f'{self.folder} has no {split} token to foretell: {PREPARE}')
-
-    def verify(self):
-        """Raises UserError for the first shard whose content is not what meta.json says."""
-        for name, shard, expected in zip(self.names, self.shards, self.hashes, strict=True):
-            found = hashlib.sha256(shard).hexdigest()
-            if found != expected:
-                raise UserError(f'{self.folder / name} has sha256 {found[:12]}..., meta.json says '
-                                f'{expected[:12]}...: {PREPARE}')
+            raise UserError(f'{self.folder} has no {split} token to predict: {PREPARE}')
 
     def read(self, start, length):
         """Tokens start to start + length of the stream, as a uint16 array; fewer at its end."""
@@ -142,20 +160,32 @@ class Batches:
 
     Each epoch is a seeded permutation of all windows; the global batch of step s is sequences
     s * sequences to (s + 1) * sequences of that endless stream of windows, whatever the number of ranks.
+    A rank takes its share in `micro_steps` micro-batches, none larger than batch_size.
     """
 
-    def __init__(self, split, block_size, sequences, seed, rank=0, world_size=1):
-        self.split, self.block_size, self.sequences, self.seed = split, block_size, sequences, seed
+    def __init__(self, split, block_size, batch_size, accumulation_steps, seed, rank=0, world_size=1):
+        """Raises SettingError where the ranks cannot share a step, UserError for too little text."""
+        self.split, self.block_size, self.seed = split, block_size, seed
+        self.sequences = batch_size * accumulation_steps
+        self.micro_steps = math.ceil(accumulation_steps / world_size)
+        unit = world_size * self.micro_steps
+        if self.sequences % unit:
+            below = self.sequences // unit * unit
+            nearest = ' or '.join(str(n) for n in (below, below + unit) if n)
+            raise SettingError(f'{self.sequences} sequences a step (batch_size {batch_size} * '
+                               f'gradient_accumulation_steps {accumulation_steps}) do not divide among '
+                               f'{world_size} ranks with {self.micro_steps} micro-batches each; the nearest: '
+                               + nearest)
         self.n_windows = (split.n_tokens - 1) // block_size
         if self.n_windows < 1:
             raise UserError(f'{split.folder} has {split.n_tokens:,} training tokens, fewer than one window '
                             f'of {block_size} and its target: prepare more text or lower --block_size')
-        share = sequences // world_size
+        share = self.sequences // world_size
         self.rows = slice(rank * share, (rank + 1) * share)
         self.epoch, self.order = -1, None
 
     def indices(self, step):
-        """The windows of the global batch of `step`, an int array of shape (sequences,)."""
+        """The windows of the global batch of `step`, an int array (sequences,)."""
         position = np.arange(step * self.sequences, (step + 1) * self.sequences)
         out = np.empty(self.sequences, dtype=np.int64)
         for epoch in np.unique(position // self.n_windows):
@@ -167,5 +197,14 @@ class Batches:
         return out
 
     def __call__(self, step):
-        """Inputs and targets of this rank's share of `step`: int64 (sequences / world_size, block_size)."""
-        return self.split.windows(self.indices(step)[self.rows], self.block_size)
+        """This rank's micro-batches of `step`: a list of (inputs, targets), int64 (B, block_size) each."""
+        xy = self.split.windows(self.indices(step)[self.rows], self.block_size)
+        return list(zip(*(np.split(a, self.micro_steps) for a in xy), strict=True))
+
+    def ahead(self, step):
+        """Yields the micro-batches of `step` and all that follow, each read while those before are used."""
+        with ThreadPoolExecutor(1) as loader:
+            coming = loader.submit(self, step)
+            for following in itertools.count(step + 1):
+                ready, coming = coming.result(), loader.submit(self, following)
+                yield ready
