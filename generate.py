@@ -1,0 +1,119 @@
+"""Writing with a GPT: the KV caches, the loop from token to token, drawing a token."""
+
+import math
+from functools import partial
+
+import torch
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, for B sequences of up to block_size tokens."""
+
+    def __init__(self, config, B, device, dtype):
+        shape = B, config.n_kv_head, config.block_size, config.head_dim
+        self.layers = [[torch.zeros(shape, device=device, dtype=dtype) for _ in 'kv']
+                       for _ in range(config.n_layer)]
+        self.device, self.length = device, 0
+
+    def extend(self, T):
+        """Make room for T tokens and return their positions, a slice; `mask` is what they may look at."""
+        start, self.length = self.length, self.length + T
+        self.mask = None  # all before them
+        if T > 1 and start:  # is_causal would align the wrong corner
+            self.mask = torch.ones(T, self.length, dtype=torch.bool, device=self.device).tril(start)
+        return slice(start, self.length)
+
+    def append(self, layer, k, v):
+        """Store k and v (B, n_kv_head, T, head_dim) in the room made; return all that is there now."""
+        keys, values = self.layers[layer]
+        T = k.size(2)
+        keys.narrow(2, self.length - T, T).copy_(k)
+        values.narrow(2, self.length - T, T).copy_(v)
+        return keys.narrow(2, 0, self.length), values.narrow(2, 0, self.length)
+
+
+class StaticCache:
+    """A view of a KVCache for compiled steps of one token: no shape changes, and `pos` is a tensor."""
+
+    def __init__(self, cache):
+        self.layers, self.length = cache.layers, 0
+        self.pos = torch.zeros(1, dtype=torch.long, device=cache.device)
+        for tensor in self.pos, *(tensor for layer in self.layers for tensor in layer):
+            torch._dynamo.mark_static_address(tensor)  # CUDA graphs take no other tensors that change
+
+    def extend(self, T):
+        self.mask = (torch.arange(self.layers[0][0].size(2), device=self.pos.device) <= self.pos)[None]
+        return self.pos
+
+    def append(self, layer, k, v):
+        for kept, new in zip(self.layers[layer], (k, v), strict=True):
+            kept.index_copy_(2, self.pos, new.type_as(kept))
+        return self.layers[layer]
+
+
+@torch.inference_mode()
+def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=-1, suppress=(), seed=0,
+             compile=False):
+    """Continue the prompts idx (B, T), T at most block_size; yields the next token of each, (B,).
+
+    temperature 0 is greedy; top_k keeps the k likeliest tokens (0: all), top_p the smallest set of them whose
+    probability reaches p (Holtzman et al. 2019; 1: all); no token of `suppress` is drawn. Ends after
+    max_new_tokens, or when each sequence has emitted `stop`; what a sequence emits after its `stop` means
+    nothing. `compile` compiles the step from a token to the next, on a GPU into a CUDA graph.
+    """
+    block_size, device = model.config.block_size, idx.device
+    # on a CPU attention to 16-bit keys takes four times as long as to 32-bit ones
+    dtype = torch.float32 if device.type == 'cpu' else model.embedding.weight.dtype
+    cache = KVCache(model.config, idx.size(0), device, dtype)
+    if compile:
+        static = StaticCache(cache)
+        compiled_model = torch.compile(partial(model, cache=static), dynamic=False, mode='reduce-overhead')
+    generator = torch.Generator(device).manual_seed(seed)
+    suppress = torch.tensor(suppress, dtype=torch.long, device=device)
+    context, ended = idx, torch.zeros(idx.size(0), dtype=torch.bool, device=device)
+    for _ in range(max_new_tokens):
+        if cache.length + idx.size(1) > block_size:  # full: its last half is prefilled anew
+            idx, cache.length = context[:, -max(block_size // 2, 1):], 0
+        if compile and idx.size(1) == 1:
+            static.pos.fill_(cache.extend(1).start)
+            logits = compiled_model(idx)
+        else:  # prefill, or one token
+            logits = model(idx, cache=cache)
+        logits = logits[:, -1].float().index_fill_(-1, suppress, -math.inf)
+        token = sample_token(logits, temperature, top_k, top_p, generator)
+        yield token
+        ended |= token == stop
+        if stop >= 0 and ended.all():
+            return
+        idx = token[:, None]
+        context = torch.cat((context, idx), dim=1)
+
+
+def sample_token(logits, temperature, top_k, top_p, generator):
+    """Draw one token id a row from logits (B, V); returns (B,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits, kept = logits / temperature, None
+    if 0 < top_k < logits.size(-1):
+        logits, kept = logits.topk(top_k)
+    probs = logits.softmax(-1)
+    if top_p < 1:
+        # all below (1 - top_p) / V together make up less than 1 - top_p: only the rest need sorting
+        likely = (probs * probs.size(-1) > 1 - top_p).sum(-1).max()
+        probs, order = probs.topk(max(likely.item(), 1))
+        kept = order if kept is None else kept.gather(-1, order)
+        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)  # what reaches top_p stays
+    if probs.device.type == 'cpu':  # multinomial draws a number for each id of the vocabulary; two will do
+        width = math.gcd(probs.size(-1), 256)
+        groups = probs.unflatten(-1, (-1, width))
+        group = sample_index(groups.sum(-1), generator)
+        chosen = group * width + sample_index(groups[torch.arange(len(groups)), group[:, 0]], generator)
+    else:
+        chosen = torch.multinomial(probs, 1, generator=generator)
+    return (chosen if kept is None else kept.gather(-1, chosen))[:, 0]
+
+
+def sample_index(weights, generator):
+    """Draw an index a row in proportion to weights (B, n), none below 0; returns (B, 1)."""
+    sums = weights.cumsum(-1)
+    return torch.searchsorted(sums, sums[:, -1:] * (1 - torch.rand(len(sums), 1, generator=generator)))
