@@ -1,19 +1,36 @@
-"""One self-contained checkpoint: written atomically, read in one place, tensors and plain values only.
+"""A run's folder: checkpoints written atomically and read in one place, metrics, what there is to go on with.
 
 A checkpoint is a dict: 'model' (weights), 'config' (of the model), 'tokenizer' (its state), 'settings' (of
-train.py), 'iter' (steps done), 'best_val_loss', 'optimizers', 'scaler', and 'fingerprint' (of the data).
+train.py), 'iter' (steps done), 'best_val_loss', 'optimizers', 'scaler', 'fingerprint' (of the data) and
+'infill_rate'. It holds tensors and plain values only, so that reading a stranger's runs no code.
 """
 
+import contextlib
+import json
 import os
 import shlex
 import zipfile
-import zlib
 from pathlib import Path
 
 import torch
 
-from configurator import UserError
+from errors import SettingError, UserError, reading
 from model import GPT, GPTConfig
+
+FILES = {'last': 'ckpt.pt', 'best': 'best.pt'}
+
+
+@contextlib.contextmanager
+def written(path):
+    """UserError where the disk does not take what is written to `path` in here."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save hides the former behind the latter
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(f'cannot write {path} ({cause.strerror or cause}); what was saved before is whole: '
+                        'make room or name another --out_dir, then go on with --init_from resume') from None
 
 
 def save_checkpoint(path, checkpoint):
@@ -24,44 +41,28 @@ def save_checkpoint(path, checkpoint):
     path = Path(path)
     temporary = path.with_name(path.name + '.tmp')
     try:
-        with open(temporary, 'wb') as file:
+        with written(path), open(temporary, 'wb') as file:
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        sync_folder(path.parent)
-    except BaseException as error:
+        if os.name == 'posix':  # so that the new name outlives a power cut; Windows cannot open a folder
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    finally:
         temporary.unlink(missing_ok=True)
-        # torch.save hides what writing to a full disk raised behind an error of its own
-        cause = error if isinstance(error, OSError) else error.__context__
-        if isinstance(cause, OSError):
-            raise UserError(f'cannot save {path} ({cause.strerror or cause}): what was saved there before is '
-                            'whole; make room, then go on with --init_from resume') from None
-        raise
 
 
-def sync_folder(folder):
-    """Make renames in `folder` outlive a power cut, where the system can (Windows cannot open a folder)."""
-    if os.name == 'posix':
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def load_checkpoint(path, device='cpu'):
+def load_checkpoint(path):
     """Read a checkpoint. Raises UserError where there is none, it is damaged, or it is not one of ours."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f'no checkpoint {path}: train first, or name its folder with --out_dir')
     if reason := damage(path):
         raise UserError(f'{path} is damaged or no checkpoint ({reason}){other_checkpoint(path)}')
-    try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=True)
-    except Exception as error:  # weights_only refuses anything but tensors and plain values, in many ways
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f'{path} is not a checkpoint of this project, and was not run: {reason}') from None
+    with reading(path, 'is not a checkpoint of this project, and was not run'):
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     missing = {'model', 'config', 'tokenizer', 'settings', 'iter'} - set(checkpoint)
     if missing:
         raise UserError(f"{path} is not a checkpoint of this project: it has no {', '.join(sorted(missing))}")
@@ -74,27 +75,83 @@ def damage(path):
         with zipfile.ZipFile(path) as archive:
             wrong = archive.testzip()
         return f'{wrong} does not have its checksum' if wrong else ''
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError) as error:
+    except Exception as error:  # what is no archive, or half a one, fails in many ways
         return str(error) or type(error).__name__
 
 
 def other_checkpoint(path):
     """What to use instead of a damaged checkpoint, to end a message with."""
-    other = path.with_name({'ckpt.pt': 'best.pt', 'best.pt': 'ckpt.pt'}.get(path.name, path.name))
-    if other == path or not other.is_file() or damage(other):
+    other = path.with_name('best.pt' if path.name == 'ckpt.pt' else 'ckpt.pt')
+    if path.name not in FILES.values() or not other.is_file() or damage(other):
         return ''
-    if other.name == 'ckpt.pt':
-        return f'; {other} is whole: use it with --ckpt last'
-    return f'; {other} is whole: to go on from it, type: {shlex.join(["cp", str(other), str(path)])}'
+    copy = shlex.join(['cp', str(other), str(path)])
+    return f'; {other} is whole: ' + ('use it with --ckpt last' if path.name == 'best.pt' else f'type {copy}')
 
 
 def load_model(checkpoint, device='cpu'):
     """The GPT of a checkpoint, in evaluation mode, on `device`. Raises UserError where it makes none."""
-    try:
+    with reading("the checkpoint's config and weights", 'make no model of ours'):
         model = GPT(GPTConfig(**checkpoint['config']))
         model.load_state_dict(checkpoint['model'])
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        reason = ' '.join(str(error).split())[:200]
-        raise UserError(f"the checkpoint's config and weights make no model of ours ({reason}): take another "
-                        'checkpoint, or train anew') from None
     return model.to(device).eval()
+
+
+class RunFolder:
+    """The `out_dir` of a run that trains: ckpt.pt (last), best.pt, metrics.jsonl and loss.png."""
+
+    def __init__(self, path, resume=False, overwrite=False):
+        """Raises SettingError where it holds a run that nobody has said to go on with or to replace."""
+        self.path, self.resume = Path(path), resume
+        if not (resume or overwrite) and any((self.path / name).exists() for name in FILES.values()):
+            raise SettingError(f'{path} holds another run: go on with it (--init_from resume), replace it '
+                               '(--overwrite), or name another folder (--out_dir)')
+
+    def begin(self, checkpoint):
+        """Until here there is the old run to go on with, from here on this one, at `checkpoint`."""
+        with written(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            for left in self.path.glob('*.tmp'):  # by a run that was killed while it saved
+                left.unlink()
+            if not self.resume:
+                self.save(checkpoint)
+                for name in FILES['best'], 'loss.png':
+                    (self.path / name).unlink(missing_ok=True)
+            records = [record for record in self.records() if record['iter'] < checkpoint['iter']]
+            (self.path / 'metrics.tmp').write_text(''.join(json.dumps(record) + '\n' for record in records))
+            (self.path / 'metrics.tmp').replace(self.path / 'metrics.jsonl')
+
+    def records(self):
+        """The lines of metrics.jsonl, a list of dicts."""
+        path, records = self.path / 'metrics.jsonl', []
+        for line in path.read_text(errors='replace').splitlines() if path.exists() else ():
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line, of a killed run
+                record = json.loads(line)
+                records += [record] if record['iter'] >= 0 else []
+        return records
+
+    def record(self, **values):
+        """Add a line to metrics.jsonl."""
+        with written(self.path), open(self.path / 'metrics.jsonl', 'a') as file:
+            file.write(json.dumps(values) + '\n')
+
+    def save(self, checkpoint, best=False):
+        """Save the last checkpoint, and if it is the best one, that too."""
+        for name in ('best', 'last') if best else ('last',):
+            save_checkpoint(self.path / FILES[name], checkpoint)
+
+    def plot(self):
+        """Draw the losses of metrics.jsonl as loss.png."""
+        import matplotlib  # takes half a second to import
+
+        matplotlib.use('Agg')
+        from matplotlib import pyplot
+
+        figure, axes = pyplot.subplots()
+        for key, label in ('loss', 'training'), ('val_loss', 'validation'):
+            points = [(record['iter'], record[key]) for record in self.records() if key in record]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=label)
+        axes.set(xlabel='step', ylabel='loss (nats per token)')
+        axes.legend()
+        figure.savefig(self.path / 'loss.png')
+        pyplot.close(figure)

@@ -2,12 +2,11 @@
 
 import contextlib
 import ctypes
-import os
 import sys
 
 import torch
 
-from configurator import SettingError
+from errors import SettingError
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
@@ -59,15 +58,12 @@ def autocast(device, dtype):
     return torch.autocast(device.type, dtype)
 
 
-def total_memory(device):
-    """Bytes of memory of a device."""
-    if device.type == 'cuda':
-        return torch.cuda.get_device_properties(device).total_memory
-    if device.type == 'mps':
-        return torch.mps.recommended_max_memory()
-    if hasattr(os, 'sysconf'):
-        return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-    return 8 * 2**30  # Windows does not tell
+def grad_scaler(device, ptdtype):
+    """What scales the loss up, and the gradients back, where they are float16; else it does nothing.
+    Raises SettingError."""
+    if ptdtype == torch.float16 and device.type == 'mps':
+        raise SettingError('float16 does not train on mps: use --dtype float32 or bfloat16')
+    return torch.amp.GradScaler(device.type, enabled=ptdtype == torch.float16)
 
 
 def keep_memory():

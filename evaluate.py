@@ -8,41 +8,49 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
+from model import log_probs_in_parts
+
 
 @torch.no_grad()
-def evaluate(model, split, block_size, batch_size, max_batches=0, device='cpu', rank=0, world_size=1,
-             stopped=lambda: False):
+def score(model, idx, targets):
+    """Of the targets (B, T) after idx, -1 where there is none: their summed loss in nats, and how many the
+    GPT predicts, two scalars."""
+    loss = hits = 0
+    x = model.hidden(idx).flatten(0, 1)
+    for _, log_p, target in log_probs_in_parts(model.lm_head, x, targets.flatten(), rows=1024):
+        loss += F.nll_loss(log_p, target, ignore_index=-1, reduction='sum')
+        hits += (log_p.argmax(-1) == target).sum()
+    return loss, hits
+
+
+def evaluate(score_model, split, block_size, batch_size, infill=((), ()), max_batches=0, device='cpu',
+             rank=0, world_size=1, stopped=lambda: False):
     """Evaluate over a whole split, its short tail included, or its first max_batches batches; ranks share it.
 
-    model: maps (B, T) token ids to logits (B, T, vocab_size), in evaluation mode.
+    score_model: `score` of a model in evaluation mode, which takes (idx, targets).
+    infill: the `infill_rows` of the split, for those two losses.
     Returns {'val_loss': nats per token, 'val_ppl': perplexity, 'val_bpb': bits per UTF-8 byte of the stories,
-    'val_acc': share of tokens foretold}, or None where stopped() became true on any rank. Where the split has
-    stories for infilling, there are 'val_middle_loss', nats per token of their middles alone, and, as a check
-    that the end is looked at, 'val_middle_loss_other_end', with another story's last sentence in its place.
+    'val_acc': share of tokens predicted}, or None where stopped() became true on any rank. Where there are
+    infill rows, there are 'val_infill_loss', nats per token of the middles alone, and, as a check that the
+    end is looked at, 'val_infill_loss_shuffled', with another story's last sentence in its place.
     """
-    rows = [None, *middle_rows(split, block_size)]
-    lengths = [math.ceil((split.n_tokens - 1) / block_size), *map(len, rows[1:])]
+    lengths = [math.ceil((split.n_tokens - 1) / block_size), *map(len, infill)]
     limit = max_batches or math.inf
     batches = [(kind, first) for kind, length in enumerate(lengths)
                for first in range(0, min(length, limit * batch_size), batch_size)]
-    # Of the split, the middles, and those with another end: loss, hits, targets. Last, whether it stopped.
+    # of the split, its middles, and those after a shuffled end: loss, hits, targets; last, whether it stopped
     sums = torch.zeros(4, 3, dtype=torch.float64, device='cpu' if device == 'mps' else device)
     for kind, first in batches[rank::world_size]:
         if stopped():
             sums[3] = 1
             break
-        # The last batch is filled up with rows of -1 alone: one shape, one compilation.
+        # the last batch is filled up with rows of -1 alone: one shape, one compilation
         if kind == 0:
             x, y = split.windows(range(first, first + batch_size), block_size)
         else:
-            x, y = padded(rows[kind][first:first + batch_size], batch_size, block_size)
+            x, y = padded(infill[kind - 1][first:first + batch_size], batch_size, block_size)
         x, y = (torch.from_numpy(a).to(device) for a in (x, y))
-        logits = model(x)
-        # The float32 copies are of one sequence at a time, for the memory.
-        loss = sum(F.cross_entropy(row.float(), targets, ignore_index=-1, reduction='sum')
-                   for row, targets in zip(logits, y, strict=True))
-        hits = (logits.argmax(-1) == y).sum()
-        sums[kind] += torch.stack((loss, hits, (y >= 0).sum())).to(sums)
+        sums[kind] += torch.stack((*score_model(x, y), (y >= 0).sum())).to(sums)
     if world_size > 1:
         dist.all_reduce(sums)
     if sums[3].any():
@@ -51,13 +59,13 @@ def evaluate(model, split, block_size, batch_size, max_batches=0, device='cpu', 
     loss /= tokens
     result = {'val_loss': loss, 'val_ppl': math.exp(min(loss, 700)), 'val_acc': hits / tokens,
               'val_bpb': loss / math.log(2) * split.n_tokens / split.n_bytes}
-    if len(rows[1]):
-        names = 'val_middle_loss', 'val_middle_loss_other_end'
+    if infill[0]:
+        names = 'val_infill_loss', 'val_infill_loss_shuffled'
         result |= {name: loss / tokens for name, (loss, _, tokens) in zip(names, middles, strict=True)}
     return result
 
 
-def middle_rows(split, block_size):
+def infill_rows(split, block_size):
     """The stories of a split that data/infill.py has turned around and that fit into block_size, whole.
 
     Returns two lists of (ids, number of ids before the middle); ids is a 1-D int array and ends in the
@@ -76,19 +84,19 @@ def middle_rows(split, block_size):
         marks = np.flatnonzero((ids == blank) | (ids == middle))
         if len(marks):
             stories.append(np.split(ids, marks))
-    own, other = [], []
+    own, shuffled = [], []
     if len(stories) < 2:
-        return own, other
-    for (first, end, rest), (_, next_end, _) in zip(stories, stories[1:] + stories[:1], strict=True):
-        if len(first) + max(len(end), len(next_end)) + len(rest) <= block_size:
-            for rows, last in (own, end), (other, next_end):
-                ids = np.concatenate((first, last, rest, [delimiter]))
-                rows.append((ids, len(first) + len(last) + 1))
-    return own, other
+        return own, shuffled
+    for (prefix, suffix, rest), (_, next_suffix, _) in zip(stories, stories[1:] + stories[:1], strict=True):
+        if len(prefix) + max(len(suffix), len(next_suffix)) + len(rest) <= block_size:
+            for rows, end in (own, suffix), (shuffled, next_suffix):
+                ids = np.concatenate((prefix, end, rest, [delimiter]))
+                rows.append((ids, len(prefix) + len(end) + 1))
+    return own, shuffled
 
 
 def padded(rows, batch_size, block_size):
-    """Inputs and targets of rows of `middle_rows`: two int64 arrays (batch_size, block_size).
+    """Inputs and targets of `infill_rows`: two int64 arrays (batch_size, block_size).
 
     The targets are -1, which the loss ignores, but for the middles and the delimiters that close the stories.
     """

@@ -1,16 +1,14 @@
 """Kill training runs at random moments, a third of them inside a save, and see that nothing is lost.
 
-    python tests/kill_100.py
     python tests/kill_100.py --kills 4 --dtype float16
 
 After each kill the last checkpoint is whole and at most one interval back. A run that reaches its end, after
 however many kills, has the metrics and the weights of one that was never killed, to the last bit.
 """
 
-import os
+import math
 import random
 import re
-import signal
 import sys
 import tempfile
 import time
@@ -18,11 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from any working directory
 
-import torch
-
 from checkpoint import load_checkpoint
-from configurator import configure, run
-from tests import forked, tiny
+from configurator import configure
+from errors import run
+from tests import tiny
+from tests.tiny import Script, script
 
 kills = 100  # processes killed
 seed = 0  # of the moments
@@ -32,66 +30,54 @@ _INTERVAL = 3  # steps between saves
 _STEPS = 45  # an epoch is 37
 
 
-def kill(pid, moment, out, aimed):
-    """Kill a process at `moment`, or if `aimed` at the next save after it; returns whether it still lived."""
+def kill(train, moment, out, aimed):
+    """Kill a run at `moment`, or if `aimed` at the next save after it; returns whether it still lived."""
     while time.monotonic() < moment or (aimed and not any(out.glob('*.tmp'))):
-        if os.waitpid(pid, os.WNOHANG)[0]:
+        if not train.process.is_alive():
             return False
         time.sleep(0.0005)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+    train.process.kill()
+    train.process.join()
     return True
 
 
-def steps_shown(log):
-    """The number of steps whose line has been printed."""
-    return max((int(step) + 1 for step in re.findall(r'^step (\d+)/', log.read_text(), re.M)), default=0)
+def saved(out):
+    """The step of the last checkpoint, or -1."""
+    return load_checkpoint(out / 'ckpt.pt')['iter'] if (out / 'ckpt.pt').exists() else -1
 
 
 def ended(out):
-    """The metrics and weights of a run that has reached its end."""
-    return tiny.metrics(out), load_checkpoint(out / 'ckpt.pt')['model']
-
-
-def same(one, other):
-    """Whether two runs, as `ended` gives them, are equal to the last bit."""
-    return one[0] == other[0] and all(torch.equal(one[1][name], other[1][name]) for name in one[1])
+    """The metrics of a run that has reached its end, and its weights to the last bit."""
+    weights = load_checkpoint(out / 'ckpt.pt')['model']
+    return tiny.metrics(out), {name: weight.tolist() for name, weight in weights.items()}
 
 
 def main():
-    torch.set_num_threads(1)
-    moments, killed, in_save, finished = random.Random(seed), 0, 0, 0
+    moments, killed, in_save, finished, before = random.Random(seed), 0, 0, 0, -1
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        words = [*tiny.SETTINGS, f'--dataset={tiny.prepare(folder / "data")}', f'--max_iters={_STEPS}',
-                 f'--eval_interval={_INTERVAL}', '--dropout=0.1', f'--dtype={dtype}', '--eval_iters=1']
-        log, began = folder / 'log', time.monotonic()
-        forked.finish([*words, f'--out_dir={folder / "whole"}'], log)
-        whole = ended(folder / 'whole')
+        words = ['train.py', *tiny.SETTINGS, f'--dataset={tiny.prepare(folder / "data")}', f'--dtype={dtype}',
+                 '--dropout=0.1', f'--max_iters={_STEPS}', f'--eval_interval={_INTERVAL}', '--eval_iters=1']
+        began = time.monotonic()
+        script(*words, f'--out_dir={folder / "whole"}')
         length = time.monotonic() - began
-        out = folder / 'run 0'
-        while killed < kills or (out / 'ckpt.pt').exists():
-            before = load_checkpoint(out / 'ckpt.pt')['iter'] if (out / 'ckpt.pt').exists() else -1
-            go = [*words, f'--out_dir={out}'] + (['--init_from=resume'] if before >= 0 else [])
-            if killed == kills:
-                forked.finish(go, log)
-                assert same(ended(out), whole), f'{out.name} is not the unbroken run'
-                finished += 1
-                break
-            moment = time.monotonic() + moments.uniform(0, length / 2)  # most runs are killed more than once
-            alive = kill(forked.fork(go, log), moment, out, aimed=killed % 3 == 0)
+        whole = ended(folder / 'whole')
+        while killed < kills or before >= 0:  # the last run may reach its end
+            out = folder / f'run {finished}'
+            train = Script(*words, f'--out_dir={out}', *['--init_from=resume'] * (before >= 0))
+            wait = moments.uniform(0, length / 2) if killed < kills else math.inf  # most die more than once
+            alive = kill(train, time.monotonic() + wait, out, aimed=killed % 3 == 0)
             killed += alive
             in_save += alive and any(out.glob('*.tmp'))
-            shown = steps_shown(log)
-            after = load_checkpoint(out / 'ckpt.pt')['iter'] if (out / 'ckpt.pt').exists() else -1
+            after = saved(out)
+            shown = max((int(step) + 1 for step in re.findall(r'^step (\d+)/', train.out, re.M)), default=0)
             assert after >= before and shown - max(after, 0) <= _INTERVAL, (before, after, shown)
             if not alive:
-                assert same(ended(out), whole), f'{out.name} is not the unbroken run: {log.read_text()}'
+                assert ended(out) == whole, f'{out.name} is not the unbroken run: {train.err}'
                 finished += 1
-                out = folder / f'run {finished}'
-    print(f'{killed} kills, {in_save} of them inside a save: each time a whole checkpoint at most '
-          f'{_INTERVAL} steps back; {finished} runs reached their end, all equal to the unbroken one '
-          'to the last bit')
+            before = after if alive else -1
+    print(f'{killed} kills, {in_save} of them inside a save, and each time a whole checkpoint; '
+          f'{finished} runs reached their end, all equal to the unbroken one to the last bit')
 
 
 if __name__ == '__main__':

@@ -1,17 +1,19 @@
-"""Checkpoints: whole or not at all, and nothing in them runs."""
+"""Checkpoints: whole or not at all, and nothing in them runs. The folder of a run."""
 
+import json
 import os
+import resource
 
 import pytest
 import torch
 
 import checkpoint
-from checkpoint import load_checkpoint, load_model, save_checkpoint
-from configurator import UserError
+from checkpoint import RunFolder, load_checkpoint, load_model, save_checkpoint, written
+from errors import UserError
 from model import GPT, GPTConfig
 
 STATE = {
-    'model': {'w': torch.arange(1000.0)},
+    'model': {'w': torch.arange(100_000.0)},
     'config': {'n_layer': 2},
     'tokenizer': {'files': {'a': b'\0\xff'}},
     'settings': {'seed': 1},
@@ -19,78 +21,86 @@ STATE = {
 }
 
 
-def test_what_is_saved_is_loaded(tmp_path):
+def test_what_is_saved_is_loaded_and_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    calls, replace = [], os.replace
+    monkeypatch.setattr(os, 'fsync', lambda fd: calls.append(
+        (os.readlink(f'/proc/self/fd/{fd}'), os.fstat(fd).st_size)))
+    monkeypatch.setattr(os, 'replace', lambda old, new: (calls.append('renamed'), replace(old, new)))
     save_checkpoint(tmp_path / 'ckpt.pt', STATE)
+    size = os.path.getsize(tmp_path / 'ckpt.pt')
+    assert calls[:2] == [(f'{tmp_path}/ckpt.pt.tmp', size), 'renamed'] and calls[2][0] == str(tmp_path)
     loaded = load_checkpoint(tmp_path / 'ckpt.pt')
     assert torch.equal(loaded.pop('model')['w'], STATE['model']['w'])
     assert loaded == {key: value for key, value in STATE.items() if key != 'model'}
-    assert os.listdir(tmp_path) == ['ckpt.pt']
 
 
-def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize('room', [1000, 200_000])
+def test_a_full_disk_leaves_the_old_file(tmp_path, room):
     save_checkpoint(tmp_path / 'ckpt.pt', STATE)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r'cannot write .*ckpt.pt \(File too large\).* whole: make room'):
+            save_checkpoint(tmp_path / 'ckpt.pt', STATE | {'iter': 8})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert os.listdir(tmp_path) == ['ckpt.pt'] and load_checkpoint(tmp_path / 'ckpt.pt')['iter'] == 7
 
-    def half_a_save(state, file):
-        file.write(b'half')
-        raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr(checkpoint.torch, 'save', half_a_save)
-    with pytest.raises(UserError, match=r'cannot save .*ckpt.pt \(No space left on device\): what was saved'):
-        save_checkpoint(tmp_path / 'ckpt.pt', STATE | {'iter': 8})
-    assert load_checkpoint(tmp_path / 'ckpt.pt')['iter'] == 7
-    assert os.listdir(tmp_path) == ['ckpt.pt']
+def test_a_bug_is_no_full_disk():
+    with pytest.raises(RuntimeError, match='a bug'), written('ckpt.pt'):
+        raise RuntimeError('a bug')
 
 
 class Payload:
-    def __init__(self, command):
-        self.command = command
-
     def __reduce__(self):
-        return os.system, (self.command,)
+        return os.system, ('touch ran',)
 
 
-def test_a_pickle_payload_does_not_run(tmp_path):
-    torch.save(STATE | {'model': Payload(f'touch {tmp_path}/ran')}, tmp_path / 'ckpt.pt')
+def test_a_pickle_payload_does_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(STATE | {'model': Payload()}, 'ckpt.pt')
     with pytest.raises(UserError, match='was not run'):
-        load_checkpoint(tmp_path / 'ckpt.pt')
-    assert not (tmp_path / 'ran').exists()
+        load_checkpoint('ckpt.pt')
+    assert os.listdir() == ['ckpt.pt']
 
 
-@pytest.mark.parametrize('harm', ['truncated', 'flipped', 'empty', 'text'])
+def truncated(data):
+    return data[:len(data) // 2]
+
+
+def flipped(data):
+    weights = data.index(STATE['model']['w'].numpy().tobytes())
+    return data[:weights] + bytes([data[weights] ^ 4]) + data[weights + 1:]
+
+
+@pytest.mark.parametrize('harm', [truncated, flipped])
 def test_damage_is_named_and_so_is_what_else_there_is(tmp_path, harm):
-    save_checkpoint(tmp_path / 'ckpt.pt', STATE)
-    save_checkpoint(tmp_path / 'best.pt', STATE)
-    data = bytearray((tmp_path / 'ckpt.pt').read_bytes())
-    weights = bytes(data).index(STATE['model']['w'].numpy().tobytes())
-    if harm == 'truncated':
-        data = data[: len(data) // 2]
-    elif harm == 'flipped':
-        data[weights + 100] ^= 4
-    else:
-        data = b'' if harm == 'empty' else b'weights'
-    (tmp_path / 'ckpt.pt').write_bytes(data)
-    with pytest.raises(UserError, match=r'ckpt.pt is damaged.*best.pt is whole.*cp .*best.pt .*ckpt.pt$'):
-        load_checkpoint(tmp_path / 'ckpt.pt')
-    (tmp_path / 'best.pt').write_bytes(b'')
-    with pytest.raises(UserError, match=r'ckpt.pt is damaged[^;]*$'):  # nothing else is whole
-        load_checkpoint(tmp_path / 'ckpt.pt')
+    last, best = files = tmp_path / 'ckpt.pt', tmp_path / 'best.pt'
+    for file in files:
+        save_checkpoint(file, STATE)
+    whole = last.read_bytes()
+    for file, advice in (last, r'type cp .*best.pt .*ckpt.pt$'), (best, r'--ckpt last$'):
+        file.write_bytes(harm(whole))
+        with pytest.raises(UserError, match=rf'{file.name} is damaged.* is whole: .*{advice}'):
+            load_checkpoint(file)
+        file.write_bytes(whole)
+    copy = tmp_path / 'copy.pt'
+    for file in copy, best, last:
+        file.write_bytes(harm(whole))
+        if file != best:  # of a copy nobody knows what it was, and at last nothing is whole
+            with pytest.raises(UserError, match=rf'{file.name} is damaged[^;]*$'):
+                load_checkpoint(file)
 
 
 def test_what_is_no_checkpoint_of_ours_is_refused(tmp_path):
     with pytest.raises(UserError, match='train first'):
         load_checkpoint(tmp_path / 'ckpt.pt')
-    for other in {'state_dict': 1}, [1, 2], torch.zeros(3):
+    without = [{key: value for key, value in STATE.items() if key != name} for name in STATE]
+    for other in *without, [1, 2], torch.zeros(3):
         torch.save(other, tmp_path / 'ckpt.pt')
         with pytest.raises(UserError, match='not a checkpoint of this project'):
             load_checkpoint(tmp_path / 'ckpt.pt')
-
-
-def test_what_is_saved_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
-    calls, fsync, replace = [], os.fsync, os.replace
-    monkeypatch.setattr(os, 'fsync', lambda fd: (calls.append(os.readlink(f'/proc/self/fd/{fd}')), fsync(fd)))
-    monkeypatch.setattr(os, 'replace', lambda old, new: (calls.append('renamed'), replace(old, new)))
-    save_checkpoint(tmp_path / 'ckpt.pt', STATE)
-    assert calls == [f'{tmp_path}/ckpt.pt.tmp', 'renamed', str(tmp_path)]
 
 
 def test_a_loaded_model_does_not_drop():
@@ -98,3 +108,40 @@ def test_a_loaded_model_does_not_drop():
     model = load_model({'config': config, 'model': GPT(GPTConfig(**config)).state_dict()})
     idx = torch.arange(10)[None]
     assert not model.training and torch.equal(model(idx), model(idx))
+
+
+def test_metrics_go_on_from_the_step_and_leave_out_bad_lines(tmp_path):
+    lines = ['{"iter": 0, "loss": 1}', 'no line', '[1]', '{"loss": 3}', '{"iter": 1, "loss": 2}',
+             '{"iter": 2}', '{"it']
+    (tmp_path / 'metrics.jsonl').write_bytes('\n'.join(lines).encode() + b'\xe9')
+    folder = RunFolder(tmp_path, resume=True)
+    folder.begin(STATE | {'iter': 2})
+    assert (tmp_path / 'metrics.jsonl').read_text() == '{"iter": 0, "loss": 1}\n{"iter": 1, "loss": 2}\n'
+    folder.record(iter=2, loss=0.5)
+    assert folder.records() == [{'iter': it, 'loss': loss} for it, loss in enumerate((1, 2, 0.5))]
+    assert os.listdir(tmp_path) == ['metrics.jsonl']  # no checkpoint: there is that to go on with
+
+
+def test_the_best_is_saved_before_the_last_that_says_how_good_it_was(tmp_path, monkeypatch):
+    """Killed between the two, a run goes on from the one before and finds that best again."""
+    saved = []
+    monkeypatch.setattr(checkpoint, 'save_checkpoint', lambda path, _: saved.append(path.name))
+    RunFolder(tmp_path).save(STATE, best=True)
+    RunFolder(tmp_path).save(STATE)
+    assert saved == ['best.pt', 'ckpt.pt', 'ckpt.pt']
+
+
+def test_a_new_run_takes_the_place_of_an_old_one_when_it_is_saved(tmp_path, monkeypatch):
+    old = {'ckpt.pt': b'old', 'best.pt': b'old', 'loss.png': b'old', 'metrics.jsonl': b'{"iter": 0}\n'}
+    for name, data in old.items():
+        (tmp_path / name).write_bytes(data)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint, 'save_checkpoint', lambda *_: exec('raise KeyboardInterrupt'))
+        RunFolder(tmp_path, overwrite=True).begin(STATE)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old
+    (tmp_path / 'best.pt.tmp').write_bytes(b'half')  # of a killed save
+    RunFolder(tmp_path, overwrite=True).begin(STATE | {'iter': 0})
+    RunFolder(tmp_path / 'new' / 'folder').begin(STATE)
+    assert sorted(os.listdir(tmp_path)) == ['ckpt.pt', 'metrics.jsonl', 'new']
+    assert load_checkpoint(tmp_path / 'ckpt.pt')['iter'] == 0
+    assert json.loads(f"[{(tmp_path / 'metrics.jsonl').read_text()}]") == []

@@ -1,45 +1,32 @@
 """Evaluation against sums by hand."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from test_shards import prepare
 
 from data.shards import Split
-from evaluate import evaluate
+from evaluate import evaluate, infill_rows, score
 from model import GPT, GPTConfig
+from tests.tiny import prepare
 
 TOKENS = np.random.default_rng(3).integers(0, 20, 51).astype(np.uint16)
+INFILL = {'infill_rate': 0.5, 'delimiter': 1, 'blank': 18, 'middle': 19}
+STORIES = [[1, 5, 6, 18, 7, 19, 8, 9], [1, 4, 4, 4], [1, 3, 18, 2, 2, 19, 10, 11, 12],
+           [1, 4, 18, 5, 19, *[6] * 9], [1, 9, 9, 18, 6, 19, 3]]
 
 
-@pytest.fixture
-def split(tmp_path):
-    prepare(tmp_path, val=TOKENS, vocab_size=20)  # 3 bytes a token, says its meta.json
-    return Split(tmp_path, 'val')
+def val_split(folder, tokens, **changes):
+    """3 bytes a token, says its meta.json."""
+    tokens = np.array(tokens, np.uint16)
+    return Split(prepare(folder, tokens, tokens, shard_tokens=13, vocab_size=20, **changes), 'val')
 
 
-def test_bits_per_byte_of_a_model_that_guesses(split):
-    """20 tokens equally likely: log2(20) bits a token, and three bytes a token."""
-    result = evaluate(lambda idx: torch.zeros(*idx.shape, 20), split, block_size=8, batch_size=4)
-    assert result['val_loss'] == pytest.approx(math.log(20))
-    assert result['val_ppl'] == pytest.approx(20)
-    assert result['val_bpb'] == pytest.approx(math.log2(20) / 3)
-
-
-def test_bits_per_byte_by_hand_on_four_tokens(tmp_path):
-    """Tokens 0 1 1 0, the last three foretold with probabilities 1/2, 1/4 and 1/8: 1 + 2 + 3 bits."""
-    prepare(tmp_path, val=np.array([0, 1, 1, 0], dtype=np.uint16), vocab_size=60_000)
-    split = Split(tmp_path, 'val')
-    split.n_bytes = 10
-    logits = torch.full((1, 3, 3), 0.0)
-    for t, (target, p) in enumerate([(1, 1 / 2), (1, 1 / 4), (0, 1 / 8)]):
-        logits[0, t] = math.log((1 - p) / 2)
-        logits[0, t, target] = math.log(p)
-    result = evaluate(lambda idx: logits, split, block_size=3, batch_size=1)
-    assert result['val_bpb'] == pytest.approx((1 + 2 + 3) / 3 * 4 / 10)
-    assert result['val_acc'] == pytest.approx(1 / 3)  # only the first is the likeliest
+def small(block_size):
+    torch.manual_seed(0)
+    return GPT(GPTConfig(block_size, vocab_size=20, n_layer=1, n_head=2, n_embd=16)).eval()
 
 
 def naive(model, tokens, block_size):
@@ -47,24 +34,61 @@ def naive(model, tokens, block_size):
     losses, hits = [], []
     for t in range(1, len(tokens)):
         start = (t - 1) // block_size * block_size
-        logits = model(torch.tensor(tokens[start:t].astype(int))[None])[0, -1]
-        losses.append(-logits.log_softmax(-1)[tokens[t]].item())
+        logits = model(torch.tensor(np.array(tokens[start:t]).astype(int))[None])[0, -1]
+        losses.append(-logits.log_softmax(-1)[int(tokens[t])].item())
         hits.append(logits.argmax().item() == tokens[t])
     return losses, hits
 
 
+def test_bits_per_byte_by_hand_on_four_tokens(tmp_path):
+    """Tokens 0 1 1 0, the last three predicted with probabilities 1/2, 1/4 and 1/8: 1 + 2 + 3 bits."""
+    split = val_split(tmp_path, [0, 1, 1, 0])
+    split.n_bytes = 10
+    result = evaluate(lambda x, y: (torch.tensor(6 * math.log(2)), torch.tensor(1)), split, 3, 1)
+    assert result == pytest.approx({'val_loss': 2 * math.log(2), 'val_ppl': 4, 'val_acc': 1 / 3,
+                                    'val_bpb': (1 + 2 + 3) / 3 * 4 / 10})
+    huge = evaluate(lambda x, y: (torch.tensor(3e6), torch.tensor(0)), split, 3, 1)
+    assert huge['val_loss'] == 1e6 and math.isfinite(huge['val_ppl'])
+
+
 @pytest.mark.parametrize('batch_size', [1, 3, 50])
-def test_the_whole_split_counts_with_its_tail(split, batch_size):
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=1, n_head=2, n_embd=16)).eval()
+def test_the_whole_split_counts_with_its_tail(tmp_path, batch_size):
+    split, model = val_split(tmp_path, TOKENS), small(8)
     losses, hits = naive(model, TOKENS, 8)
-    result = evaluate(model, split, 8, batch_size)
+    result = evaluate(partial(score, model), split, 8, batch_size)
     assert len(losses) == 50
     assert result['val_loss'] == pytest.approx(np.mean(losses), rel=1e-5)
     assert result['val_acc'] == pytest.approx(np.mean(hits))
-    first = evaluate(model, split, 8, 2, max_batches=2)  # 2 batches of 2 windows of 8
+    first = evaluate(partial(score, model), split, 8, 2, max_batches=2)  # 2 batches of 2 windows of 8
     assert first['val_loss'] == pytest.approx(np.mean(losses[:32]), rel=1e-5)
+    assert evaluate(partial(score, model), split, 8, 2, stopped=lambda: True) is None
 
 
-def test_it_ends_when_asked(split):
-    assert evaluate(lambda idx: torch.zeros(*idx.shape, 20), split, 8, 4, stopped=lambda: True) is None
+def test_rows_of_infilled_stories(tmp_path):
+    split = val_split(tmp_path, np.concatenate(STORIES), **INFILL)  # a story reaches over two shards
+    own, shuffled = infill_rows(split, 10)
+    assert [(ids.tolist(), before) for ids, before in own] == [
+        ([1, 5, 6, 18, 7, 19, 8, 9, 1], 6), ([1, 3, 18, 2, 2, 19, 10, 11, 12, 1], 6),
+        ([1, 9, 9, 18, 6, 19, 3, 1], 6)]
+    assert [(ids.tolist(), before) for ids, before in shuffled] == [
+        ([1, 5, 6, 18, 2, 2, 19, 8, 9, 1], 7), ([1, 3, 18, 5, 19, 10, 11, 12, 1], 5),
+        ([1, 9, 9, 18, 7, 19, 3, 1], 6)]
+    assert len(infill_rows(split, 8)[0]) == 1  # [..., 9] fits with 2, 2 in the place of 7 no more
+    split.meta['infill_rate'] = 0
+    assert infill_rows(split, 10) == ([], [])
+    lone = val_split(tmp_path, STORIES[0] + STORIES[1], **INFILL)
+    assert infill_rows(lone, 10) == ([], [])  # there is no other end
+
+
+@pytest.mark.parametrize('batch_size', [1, 2, 7])
+def test_loss_of_infilled_middles(tmp_path, batch_size):
+    split, model = val_split(tmp_path, np.concatenate(STORIES), **INFILL), small(10)
+    infill = infill_rows(split, 10)
+    result = evaluate(partial(score, model), split, 10, batch_size, infill)
+    names = 'val_infill_loss', 'val_infill_loss_shuffled'
+    for name, rows in zip(names, infill, strict=True):
+        losses = [loss for ids, before in rows for loss in naive(model, ids, 99)[0][before - 1:]]
+        assert len(losses) == 3 + 4 + 2
+        assert result[name] == pytest.approx(np.mean(losses), rel=1e-5)
+    without = evaluate(partial(score, model), split, 10, batch_size)
+    assert without == pytest.approx({key: result[key] for key in result.keys() - {*names}})

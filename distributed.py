@@ -1,0 +1,75 @@
+"""Several processes that are one run: their ranks, the signals that stop them, a rank that ends."""
+
+import contextlib
+import os
+import shlex
+import signal
+import sys
+import time
+
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+
+def ranks():
+    """(rank, local rank, world size), as torchrun tells them; (0, 0, 1) without it."""
+    return tuple(int(os.environ.get(name, alone)) for name, alone in (
+        ('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+
+
+def join_ranks(model, device):
+    """Meet the other ranks, if there are any; returns the model that exchanges its gradients with theirs."""
+    if ranks()[2] == 1:
+        return model
+    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    return DistributedDataParallel(model)
+
+
+def leave_ranks():
+    """Wait for the others: once a rank has ended, torchrun ends the rest, however far a save is."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def resume_command(out_dir):
+    """What to type to go on with the run in `out_dir`."""
+    (_, _, world_size), here = ranks(), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    nodes = '--standalone' if world_size == here else '...'  # on several nodes, the options of their start
+    start = 'python' if world_size == 1 else f'torchrun {nodes} --nproc_per_node={here}'
+    return f'{start} train.py --init_from resume --out_dir {shlex.quote(out_dir)}'
+
+
+def watch_signals():
+    """Ctrl-C and SIGTERM put their number into the list returned; a second Ctrl-C stops at once.
+
+    torchrun hands a Ctrl-C on to processes that the terminal has told already: under it, one that follows
+    within a second is the same one.
+    """
+    caught, first = [], 0.0
+    echo = 1.0 if 'TORCHELASTIC_RUN_ID' in os.environ else 0.0  # seconds
+
+    def note(number, frame):
+        nonlocal first
+        if caught and number == signal.SIGINT and time.monotonic() - first > echo:
+            raise KeyboardInterrupt
+        first = first or time.monotonic()
+        caught.append(number)
+
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, note)
+    return caught
+
+
+@contextlib.contextmanager
+def lost_ranks_told(out_dir):
+    """One line, no traceback, where an exchange with another rank fails because that one has ended."""
+    try:
+        yield
+    except RuntimeError as error:  # for gloo torch has no class of its own
+        if not dist.is_initialized() or not (isinstance(error, dist.DistError) or 'gloo' in str(error)):
+            raise
+        if dist.get_rank() < 2:  # rank 0, and one more as rank 0 may be the one
+            print(f'train.py: another process of this run has ended, so rank {dist.get_rank()} stops; what '
+                  f'was saved is whole, go on with: {resume_command(out_dir)}', file=sys.stderr)
+        raise SystemExit(1) from None
