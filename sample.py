@@ -11,16 +11,18 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import load_checkpoint, load_model
-from configurator import SettingError, UserError, configure, run
+from checkpoint import FILES, load_checkpoint, load_model
+from configurator import configure, in_range, one_of
 from data import infill
 from data.tokenizer import tokenizer_from_state
 from device import choose_device, choose_dtype, keep_memory
-from model import to_int8
+from errors import SettingError, UserError, run
+from generate import generate
+from quantize import to_int8
 
 out_dir = 'out-tiny-stories'  # folder of the checkpoint
 ckpt = 'best'  # best (lowest validation loss) or last
-init_from = ''  # a published model in its place: a Hugging Face folder, or llama2.c's .bin with its tokenizer
+init_from = ''  # a pretrained model instead: a Hugging Face folder, or llama2.c's .bin beside its tokenizer
 start = ''  # how every story begins: text, or FILE:path
 first_sentence = ''  # of a story whose middle the model writes, if it has learned infilling
 last_sentence = ''  # of that story
@@ -37,13 +39,10 @@ compile = False  # compile the step from token to token, half a minute: on a GPU
 
 def check_settings():
     """Refuse what no sample can mean. Raises SettingError."""
-    if ckpt not in ('best', 'last'):
-        raise SettingError(f'ckpt is {ckpt!r}, not best or last')
-    for name, low in ('num_samples', 1), ('max_new_tokens', 1), ('temperature', 0), ('top_k', 0), ('seed', 0):
-        if globals()[name] < low:
-            raise SettingError(f'{name} is {globals()[name]}; it must be at least {low}')
-    if not 0 < top_p <= 1:
-        raise SettingError(f'top_p is {top_p}; it must be above 0 and at most 1')
+    one_of(FILES, ckpt=ckpt)
+    in_range(at_least=1, num_samples=num_samples, max_new_tokens=max_new_tokens)
+    in_range(at_least=0, temperature=temperature, top_k=top_k, seed=seed)
+    in_range(above=0, at_most=1, top_p=top_p)
     if bool(first_sentence.strip()) != bool(last_sentence.strip()):
         raise SettingError('a middle needs both ends: type --first_sentence "..." and --last_sentence "..."')
     if first_sentence and start:
@@ -78,9 +77,9 @@ def write_stories(model, tokenizer, begin, end, stream):
     rows = [[*head] for _ in range(num_samples)]
     ended = [False] * num_samples
     idx = torch.tensor([ids] * num_samples, device=next(model.parameters()).device)
-    never = tokenizer.blank, tokenizer.middle
-    for tokens in model.generate(idx, limit, temperature, top_k, top_p, tokenizer.delimiter, never, seed,
-                                 compile):
+    suppress = tokenizer.blank, tokenizer.middle
+    for tokens in generate(model, idx, limit, temperature, top_k, top_p, tokenizer.delimiter, suppress, seed,
+                           compile):
         for i, token in enumerate(tokens.tolist()):
             ended[i] = ended[i] or token == tokenizer.delimiter
             if not ended[i]:
@@ -107,22 +106,22 @@ def print_growing(texts):
 
 def main():
     check_settings()
-    place = choose_device(device)
-    if dtype == 'int8' and place.type != 'cpu':
-        raise SettingError(f'dtype int8 is for a CPU, not for {place}: use bfloat16, or --device cpu')
+    torch_device = choose_device(device)
+    if dtype == 'int8' and torch_device.type != 'cpu':
+        raise SettingError(f'dtype int8 is for a CPU, not for {torch_device}: use bfloat16, or --device cpu')
     keep_memory()
     if init_from:
-        from formats import open_model
+        from formats import load_pretrained
 
-        checkpoint = open_model(init_from)
+        checkpoint = load_pretrained(init_from)
     else:
-        checkpoint = load_checkpoint(Path(out_dir) / {'best': 'best.pt', 'last': 'ckpt.pt'}[ckpt])
+        checkpoint = load_checkpoint(Path(out_dir) / FILES[ckpt])
     if not checkpoint['tokenizer']:
         raise UserError(f'{init_from} has no tokenizer beside it: put the one there that it was trained with')
     tokenizer = tokenizer_from_state(checkpoint['tokenizer'])
-    model = load_model(checkpoint, place)
+    model = load_model(checkpoint, torch_device)
     try:
-        model = to_int8(model) if dtype == 'int8' else model.to(choose_dtype(dtype, place))
+        model = to_int8(model) if dtype == 'int8' else model.to(choose_dtype(dtype, torch_device))
     except ValueError as error:
         raise SettingError(str(error)) from None
     begin, end = first_sentence.strip() or read_start(), last_sentence.strip()

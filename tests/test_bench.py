@@ -1,42 +1,26 @@
-"""bench.py: what it reads out of logs, the data it makes up, a comparison from end to end, its mistakes."""
+"""bench.py: what it reads out of logs, whose turn it is, and a comparison from end to end."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-
-import bench
-from data.shards import Split
-from data.tokenizer import load_tokenizer
-
-ROOT = Path(__file__).parent.parent
-# A nanoGPT that writes tokens and trains as a peer must, and does no more
-FAKE_NANOGPT = '''
-from dataclasses import dataclass
 import torch
 
-@dataclass
-class GPTConfig:
-    n_layer: int
-    n_head: int
-    n_embd: int
-    block_size: int
-    vocab_size: int
-    dropout: float
-    bias: bool
+import bench
+from errors import UserError
+from tests.tiny import script
 
-class GPT(torch.nn.Module):
+# A nanoGPT that trains as a peer must, and does no more
+FAKE_NANOGPT = '''
+from types import SimpleNamespace as GPTConfig
+import torch
+
+class GPT(torch.nn.Embedding):
     def __init__(self, config):
-        super().__init__()
-        self.embedding = torch.nn.Embedding(config.vocab_size, 4)
-        self.head = torch.nn.Linear(4, config.vocab_size)
+        super().__init__(config.vocab_size, 4)
 
     def forward(self, x, y):
-        logits = self.head(self.embedding(x))
+        logits = super().forward(x) @ self.weight.T
         return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
 
     def configure_optimizers(self, weight_decay, learning_rate, betas, device):
@@ -45,79 +29,71 @@ class GPT(torch.nn.Module):
 
 
 @pytest.fixture
-def nanogpt(tmp_path):
-    checkout = tmp_path / 'nanoGPT'
-    (checkout / 'config').mkdir(parents=True)
-    (checkout / 'config' / 'train_shakespeare_char.py').touch()
-    (checkout / 'model.py').write_text(FAKE_NANOGPT)
-    return checkout
+def given(monkeypatch):
+    """given(name=value) sets settings and functions of bench.py."""
+    return lambda **values: [monkeypatch.setattr(bench, key, value) for key, value in values.items()]
 
 
-def run_bench(*words, status=0):
-    one_thread = os.environ | {'OMP_NUM_THREADS': '1'}  # two stand still beside a busy process
-    done = subprocess.run([sys.executable, 'bench.py', *map(str, words)],
-                          cwd=ROOT, env=one_thread, capture_output=True, text=True, timeout=240)
-    assert done.returncode == status, done.stderr
-    return done
-
-
-def test_the_times_of_nanogpt_leave_its_evaluations_out():
+def test_the_seconds_of_nanogpt_leave_its_evaluations_out():
     printed = ('step 0: train loss 4.2, val loss 4.1\niter 0: loss 4.2, time 9000.00ms, mfu -100.00%\n'
                'iter 1: loss 4.0, time 20.00ms, mfu -100.00%\nstep 2: train loss 3.9, val loss 3.8\n'
                'saving checkpoint to out-bench\niter 2: loss 3.9, time 8000.00ms, mfu -100.00%\n'
                'iter 3: loss 3.9, time 22.00ms, mfu 1.00%\niter 4: loss 3.9, time 24.00ms, mfu 1.00%\n')
-    before, losses = bench.nanogpt_times(printed)
-    assert losses == {0: 4.1, 2: 3.8}
-    usual = 0.024  # the median of all five
-    assert before == pytest.approx(np.cumsum([0, usual, 0.02, usual, 0.022, 0.024]))
+    # in the place of 9 and 8 seconds the median of all five
+    assert bench.nanogpt_seconds(printed, 5) == pytest.approx(0.024 + 0.02 + 0.024 + 0.022 + 0.024)
+    assert bench.nanogpt_seconds(printed, 2) == pytest.approx(0.024 + 0.02)
 
 
-def test_our_times_add_up_the_steps():
-    lines = ['{"iter": 0, "val_loss": 4.0}', '{"iter": 0, "loss": 4.0, "tokens_per_s": 100}',
-             '{"iter": 1, "loss": 3.9, "tokens_per_s": 50}', '{"iter": 2, "val_loss": 3.8}']
-    before, losses = bench.our_times(lines, step_tokens=200)
-    assert before == pytest.approx([0, 2, 6]) and losses == {0: 4.0, 2: 3.8}
+def test_the_loss_of_nanogpt_is_the_mean_over_all_windows():
+    torch.manual_seed(0)
+    table, ids = torch.randn(10, 10).log_softmax(-1), np.random.default_rng(0).integers(0, 10, 1000)
+    losses = [-table[ids[i], ids[i + 1]].item() for i in range(999 // 8 * 8)]
+    found = bench.nanogpt_loss(lambda x, y: (None, -table[x, y].mean()), ids.astype(np.uint16), 8)
+    assert found == pytest.approx(np.mean(losses))
 
 
-def test_a_text_is_a_split_without_delimiters():
-    text = bench.Text([5, 6, 7, 8, 9])
-    x, y = text.windows(range(3), 2)
-    assert x.tolist() == [[5, 6], [7, 8], [9, 0]] and y.tolist() == [[6, 7], [8, 9], [-1, -1]]
+@pytest.mark.parametrize('losses, ratio', [((1.88, 1.9), 4), ((1.9, 1.88), 0)])
+def test_the_ratio_of_times_counts_if_ours_reaches_the_target(given, tmp_path, losses, ratio):
+    """Ours, of 32 x 64 tokens a step, tells of steps of 2 and of 4 seconds; nanoGPT took 24."""
+    (tmp_path / 'data/shakespeare_char').mkdir(parents=True)
+    (tmp_path / 'data/shakespeare_char/val.bin').touch()
+    calls = []
+
+    def trained(folder, **values):
+        calls.append(values)
+        return [{'tokens_per_s': 1024}, {'tokens_per_s': 512}, {'val_loss': losses[len(calls) - 1]}]
+
+    given(peer=str(tmp_path), text=__file__, device='cpu', repeats=1,
+          script=lambda *_, **__: '', train_script=trained, run_nanogpt=lambda *_: (24.0, 1.88))
+    figures = bench.time_to_loss()
+    assert (figures['seconds'], figures['losses'], figures['ratio']) == ([24, 6, 6], [1.88, *losses], ratio)
+    assert [(call['max_iters'], call.get('learning_rate')) for call in calls] == [(165, 0.03), (660, None)]
 
 
-@pytest.mark.parametrize('vocab_size', [4096, 32000, 50259])
-def test_random_data_has_the_vocabulary_asked_for(tmp_path, vocab_size):
-    bench.random_data(tmp_path, vocab_size, 1000)
-    assert load_tokenizer(tmp_path).vocab_size == vocab_size
-    assert Split(tmp_path, 'train').n_tokens == 1000
-    assert Split(tmp_path, 'val').read(0, 2000).max() < vocab_size
+def test_sides_take_turns_and_our_fastest_counts(given, tmp_path, capsys):
+    (tmp_path / 'run.c').touch()
+    rates = iter(range(12))  # three rounds of four
+    given(peer=str(tmp_path), device='cpu', repeats=3, our_writing_rate=lambda dtype: next(rates),
+          llama2c_writing_rate=lambda folder: next(rates))
+    medians = {'float32': 4, 'bfloat16': 5, 'int8': 6, 'llama2.c': 7}
+    assert bench.sample() == {'tokens_per_s': medians, 'ratio': 6 / 7}
+    assert '4 tokens/s  (0 to 8)' in capsys.readouterr().out
 
 
-def test_sides_take_turns(monkeypatch):
-    monkeypatch.setattr(bench, 'repeats', 2)
-    order = []
-    sides = {name: lambda name=name: order.append(name) or len(order) for name in 'ab'}
-    assert bench.in_turn(sides) == {'a': [1, 3], 'b': [2, 4]} and order == ['a', 'b', 'a', 'b']
-
-
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_the_loss_in_parts_is_that_at_once(monkeypatch, dtype):
-    monkeypatch.setattr(bench, 'batch_size', 4)
-    monkeypatch.setitem(bench._SHAPES, '15M', dict(zip(bench._SIZES, (1, 2, 32, 512, 4096), strict=True)))
-    loss, peak, _ = bench.loss_memory('in parts', dtype)
-    assert abs(bench.loss_memory('at once', dtype)[0] - loss) < 1e-5 and peak > 100  # MB
-
-
-def test_training_beside_a_peer(tmp_path, nanogpt):
-    done = run_bench('--what=train', '--peer', nanogpt, '--repeats=1', '--steps=1', '--batch_size=1',
-                     '--device=cpu', '--json', tmp_path / 'train.json')
+def test_training_beside_a_peer(tmp_path):
+    checkout = tmp_path / 'nanoGPT'
+    (checkout / 'config').mkdir(parents=True)
+    (checkout / 'config' / 'train_shakespeare_char.py').touch()
+    (checkout / 'model.py').write_text(FAKE_NANOGPT)
+    done = script('bench.py', '--what=train', '--peer', checkout, '--repeats=1', '--steps=1',
+                  '--batch_size=1', '--device=cpu', '--json', tmp_path / 'train.json', OMP_NUM_THREADS='1')
     figures = json.loads((tmp_path / 'train.json').read_text())
     rates = figures['tokens_per_s']
     assert figures['ratio'] == pytest.approx(rates['ours'] / rates['nanoGPT, float32'])
-    assert f"ratio: {figures['ratio']:.2f}" in done.stdout and 'GFLOP/s' in done.stdout
-    assert sorted(path.name for path in nanogpt.iterdir()) == ['config', 'model.py']
+    assert f"ratio: {figures['ratio']:.2f}" in done.out
+    assert sorted(path.name for path in checkout.iterdir()) == ['config', 'model.py']
 
 
-def test_a_runner_that_does_not_compile(tmp_path):
-    (tmp_path / 'run.c').touch()
-    assert 'gcc' in run_bench('--what=sample', '--peer', tmp_path, status=1).stderr
+def test_a_program_that_fails_says_why():
+    with pytest.raises(UserError, match=r'ls nowhere failed with status \d: .*No such file'):
+        bench.command('ls', 'nowhere')

@@ -1,47 +1,127 @@
-"""sample.py: what it asks of the model and makes of the answer."""
+"""sample.py: what it asks of the model and makes of the answer, and as a user starts it."""
+
+import io
+import math
+import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 import sample
+from checkpoint import load_checkpoint, load_model, save_checkpoint
+from data import infill
 from data.tokenizer import CharTokenizer
-from model import GPTConfig
+from errors import UserError
+from model import GPT, GPTConfig
+from tests.tiny import STORIES, script
 
-
-class Written(torch.nn.Module):
-    """A model that writes given tokens, and keeps what it was asked."""
-
-    config = GPTConfig(block_size=64)
-
-    def __init__(self, *rows):
-        super().__init__()
-        self.anything = torch.nn.Parameter(torch.zeros(1))
-        self.rows = rows
-
-    def generate(self, idx, *asked):
-        self.asked = idx, *asked
-        yield from torch.tensor(self.rows).T
+CHAR = CharTokenizer.train(STORIES)  # that of the trained run
+MODEL = GPT(GPTConfig(block_size=64, n_layer=1, n_head=1, n_embd=8))
+FIRST, LAST = 'Once there was a cat.', 'It slept.'
+ENDS = {'first_sentence': f' {FIRST} ', 'last_sentence': f' {LAST} '}
 
 
 @pytest.fixture
-def tokenizer():
-    return CharTokenizer.train(['abc '])
+def asked(monkeypatch):
+    """Stands for `generate`, and gives the tokens in asked.rows."""
+    asked = Mock(side_effect=lambda *_: torch.tensor(asked.rows).T)
+    monkeypatch.setattr(sample, 'generate', asked)
+    return asked
 
 
-def test_a_story_ends_where_it_ends_though_others_go_on(tokenizer, monkeypatch):
-    a, b, c = tokenizer.encode('abc')[1:]
-    model = Written([a, 1, c, c, c], [b, b, b, 1, a], [c, c, c, c, c])
+def test_a_story_ends_where_it_ends_though_others_go_on(asked, monkeypatch):
+    a, b, c = CHAR.encode('abc')[1:]
+    asked.rows = [a, 1, c, c, c], [b, b, b, 1, a], [c, c, c, c, c]
     monkeypatch.setattr(sample, 'num_samples', 3)
-    assert list(sample.write_stories(model, tokenizer, 'c', '', stream=False)) == ['ca', 'cbbb', 'cccccc']
+    assert list(sample.write_stories(MODEL, CHAR, 'c', '', stream=False)) == ['ca', 'cbbb', 'cccccc']
 
 
-def test_all_settings_reach_the_model(tokenizer, monkeypatch):
+def test_all_settings_reach_the_model(asked, monkeypatch):
     settings = {'num_samples': 1, 'max_new_tokens': 7, 'temperature': 0.7, 'top_k': 5, 'top_p': 0.6,
                 'seed': 3, 'compile': True}
     for name, value in settings.items():
         monkeypatch.setattr(sample, name, value)
-    model = Written([tokenizer.encode('a')[1]])
-    assert list(sample.write_stories(model, tokenizer, 'b', '', stream=False)) == ['ba']
-    idx, *asked = model.asked
-    assert idx.tolist() == [[1, *tokenizer.encode('b')]]
-    assert asked == [7, 0.7, 5, 0.6, 1, (tokenizer.blank, tokenizer.middle), 3, True]
+    asked.rows = [CHAR.encode('a')[1:]]
+    assert list(sample.write_stories(MODEL, CHAR, 'b', '', stream=False)) == ['ba']
+    model, idx, *rest = asked.call_args.args
+    assert model is MODEL and idx.tolist() == [[1, *CHAR.encode('b')]]
+    assert rest == [7, 0.7, 5, 0.6, 1, (CHAR.blank, CHAR.middle), 3, True]
+
+
+def test_a_start_may_fill_the_context(asked):
+    asked.rows = [CHAR.encode('a')[1:]] * 3
+    start = 'b' * 62  # beside the delimiter and the space that the tokenizer puts before it
+    assert list(sample.write_stories(MODEL, CHAR, start, '', stream=False)) == [start + 'a'] * 3
+    with pytest.raises(UserError, match='the start has 65 tokens, more than the context of 64'):
+        list(sample.write_stories(MODEL, CHAR, start + 'b', '', stream=False))
+
+
+def test_what_a_run_writes_is_what_its_weights_say(run, data, tmp_path):
+    """Greedy, against the argmax of the model's own logits; the data need not be there."""
+    model, ids = load_model(load_checkpoint(run[0] / 'best.pt')), [CHAR.delimiter, *CHAR.encode('A dog')]
+    for _ in range(30):
+        logits = model(torch.tensor([ids]))[0, -1]
+        logits[[CHAR.blank, CHAR.middle]] = -math.inf
+        ids.append(logits.argmax().item())
+        if ids[-1] == CHAR.delimiter:
+            break
+    (tmp_path / 'start.txt').write_text('A dog')
+    flags = '--num_samples=2', '--temperature=0', '--max_new_tokens=30', '--start=FILE:start.txt'
+    data.rename(tmp_path / 'away')
+    try:
+        done = script('sample.py', '--out_dir', run[0], *flags, cwd=tmp_path)
+    finally:
+        (tmp_path / 'away').rename(data)
+    assert done.out == '{0}\n---\n{0}\n'.format(CHAR.decode(ids))
+
+
+@pytest.fixture
+def write(run, tmp_path, monkeypatch, capsys):
+    """write(**settings) is sample.main() on a terminal, of a model that can infill: (stories, stderr)."""
+    save_checkpoint(tmp_path / 'best.pt', load_checkpoint(run[0] / 'best.pt') | {'infill_rate': 0.5})
+
+    def main(**settings):
+        for name, value in {'out_dir': str(tmp_path), 'device': 'cpu', 'num_samples': 2, **settings}.items():
+            monkeypatch.setattr(sample, name, value)
+        monkeypatch.setattr(sys.stdout, 'isatty', lambda: True)
+        sample.main()
+        out, err = capsys.readouterr()
+        return out.removesuffix('\n').split('\n---\n'), err
+    return main
+
+
+def test_model_and_tokens_are_on_the_device(write, asked, monkeypatch):
+    monkeypatch.setattr(sample, 'choose_device', torch.device)
+    asked.rows = [[CHAR.delimiter]] * 2
+    assert write(device='meta', start=' A dog ') == ([' A dog ', ' A dog '], '')
+    model, idx, *_ = asked.call_args.args
+    assert model.lm_head.weight.device.type == idx.device.type == 'meta'
+
+
+def test_a_middle_stands_between_its_ends_in_sight_of_both(write, asked):
+    prompt = infill.prompt(CHAR, FIRST, LAST)
+    asked.rows = [CHAR.encode(middle) for middle in ('It ran off', 'It did so ')]  # neither ends
+    stories, said = write(**ENDS)
+    assert stories == [f'{FIRST} It ran off {LAST}', f'{FIRST} It did so {LAST}']
+    assert said == '2 of 2 stories were cut at the end of the context of 64 tokens\n'
+    _, idx, limit, *_ = asked.call_args.args
+    assert idx.tolist() == [prompt] * 2 and limit == 64 - len(prompt) + 1  # the last one is not read
+    assert write(**ENDS, max_new_tokens=9)[1] == '2 of 2 stories were cut at --max_new_tokens 9\n'
+
+
+def test_a_lone_story_grows_on_a_terminal(write, monkeypatch):
+    """Each token is there before the next is asked for, and of a character nothing before it is whole."""
+    terminal, shown = io.TextIOWrapper(io.BytesIO(), encoding='utf-8'), []
+
+    def generate(*_):
+        for token in [*CHAR.encode('\u00e9'), CHAR.delimiter]:  # a space, two bytes, the end
+            yield torch.tensor([token])
+            shown.append(terminal.buffer.getvalue().decode())
+
+    monkeypatch.setattr(sample, 'generate', generate)
+    monkeypatch.setattr(sys, 'stdout', terminal)
+    write(**ENDS, num_samples=1)
+    terminal.flush()
+    assert shown == [f'{FIRST} ', f'{FIRST} ', *2 * [f'{FIRST} \u00e9']]
+    assert terminal.buffer.getvalue().decode() == f'{FIRST} \u00e9 {LAST}\n'
