@@ -1,4 +1,4 @@
-"""What several test files share."""
+"""Fixtures that several test files share."""
 
 import signal
 
@@ -6,21 +6,31 @@ import pytest
 import torch
 
 import train
-from configurator import configure
+from configurator import configure, settings
 from tests import tiny
+
+torch.set_num_threads(1)  # two stand still beside a busy process
 
 
 @pytest.fixture(scope='session')
 def data(tmp_path_factory):
+    """A prepared folder."""
     return tiny.prepare(tmp_path_factory.mktemp('prepared') / 'data')
+
+
+@pytest.fixture(scope='session')
+def run(data):
+    """A folder with a trained run, and what it printed."""
+    out = data.parent / 'out'
+    words = ['--max_iters=12', '--eval_interval=6', '--gradient_accumulation_steps=1']
+    return out, tiny.script('train.py', *tiny.SETTINGS, *words, f'--dataset={data}', f'--out_dir={out}')
 
 
 @pytest.fixture
 def start(data, tmp_path):
     """start(*flags) is train.py in this process; its settings and signal handlers come back afterwards."""
-    before = {name: value for name, value in vars(train).items() if type(value) in (bool, int, float, str)}
+    before = settings(vars(train))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    threads = torch.get_num_threads()
 
     def run(*flags):
         words = [f'--dataset={data}', f'--out_dir={tmp_path}/out', '--eval_interval=4', '--max_iters=8']
@@ -28,9 +38,7 @@ def start(data, tmp_path):
         configure(vars(train), [*tiny.SETTINGS, *words, *flags], train.checkpoint_settings)
         train.main()
 
-    torch.set_num_threads(1)
     yield run
-    torch.set_num_threads(threads)
     vars(train).update(before)
     for number, handler in handlers.items():
         signal.signal(number, handler)
