@@ -25,13 +25,14 @@ from statistics import median
 
 import numpy as np
 import torch
+from torch.nn.attention import sdpa_kernel
 
 from configurator import configure, in_range, one_of
 from data.tokenizer import CharTokenizer
 from device import DTYPES, autocast, choose_device, choose_dtype, keep_memory
 from errors import SettingError, UserError, run
 from formats.llama2c import Llama2c
-from generate import generate
+from generate import KERNELS, generate
 from model import GPT, GPTConfig
 from quantize import to_int8
 
@@ -141,12 +142,10 @@ def made_up_characters(vocab_size):
 
 # time to a loss -------------------------------------------------------------------
 
-def nanogpt_seconds(printed, steps):
-    """Seconds of the first `steps` steps, from what nanoGPT's train.py prints. The time of a step that
-    evaluates includes the evaluation; the median stands in for it."""
-    times = [float(ms) / 1000 for ms in re.findall(r'^iter \d+: .*time ([\d.]+)ms', printed, re.M)]
-    evaluated = {int(step) for step in re.findall(r'^step (\d+): ', printed, re.M)}
-    return sum(median(times) if i in evaluated else t for i, t in enumerate(times[:steps]))
+def seconds_of_steps(times, n, evaluated=()):
+    """The time of the first n steps, where the median stands in for step 0, in which a model may compile, and
+    for those that evaluate."""
+    return sum(median(times) if i in {0, *evaluated} else t for i, t in enumerate(times[:n]))
 
 
 @torch.no_grad()
@@ -162,19 +161,22 @@ def run_nanogpt(checkout, val_ids, values):
     """Train nanoGPT: (seconds to the step of its checkpoint, the loss of that)."""
     words = 'train.py', 'config/train_shakespeare_char.py', '--out_dir=out-bench'
     printed = script(*words, cwd=checkout, **values)
+    times = [float(ms) / 1000 for ms in re.findall(r'^iter \d+: .*time ([\d.]+)ms', printed, re.M)]
+    evaluated = [int(step) for step in re.findall(r'^step (\d+): ', printed, re.M)]
     saved = torch.load(checkout / 'out-bench' / 'ckpt.pt', weights_only=True)
     sizes = {name: size for name, size in saved['model_args'].items() if name in _SIZES}
     model = peer_model(**sizes).eval()
-    model.load_state_dict(saved['model'])
-    return nanogpt_seconds(printed, saved['iter_num']), nanogpt_loss(model, val_ids, sizes['block_size'])
+    model.load_state_dict({name.removeprefix('_orig_mod.'): w for name, w in saved['model'].items()})
+    seconds = seconds_of_steps(times, saved['iter_num'], evaluated)
+    return seconds, nanogpt_loss(model, val_ids, sizes['block_size'])
 
 
 def run_ours(folder, values, **more):
     """Train ours: (seconds, loss over the whole validation text)."""
     records = train_script(folder, **values | more, eval_interval=more['max_iters'])
     tokens = values['batch_size'] * values['block_size']  # a step
-    seconds = sum(tokens / record['tokens_per_s'] for record in records if 'tokens_per_s' in record)
-    return seconds, records[-1]['val_loss']
+    times = [tokens / record['tokens_per_s'] for record in records if 'tokens_per_s' in record]
+    return seconds_of_steps(times, len(times)), records[-1]['val_loss']
 
 
 def time_to_loss():
@@ -274,7 +276,8 @@ def nanogpt_writing_rate():
     model = peer_model(**{name: _SHAPES[shape][name] for name in _SIZES} | {'vocab_size': _VOCAB_SIZE})
     model = model.eval().to(torch_device)
     prompt = torch.ones(1, 1, dtype=torch.long, device=torch_device)
-    with autocast(torch_device, torch.bfloat16 if torch_device.type == 'cuda' else torch.float32):
+    ptdtype = torch.bfloat16 if torch_device.type == 'cuda' else torch.float32
+    with autocast(torch_device, ptdtype), sdpa_kernel(KERNELS):
         return _TOKENS / seconds_of(lambda: model.generate(prompt, _TOKENS, 0.8, 200).tolist())
 
 

@@ -1,9 +1,8 @@
 """The GPT: one decoder-only Transformer with a few named choices.
 
 The default is the Llama block (RMSNorm, rotary positions, SwiGLU, no biases); with norm='layer',
-position='learned', mlp='gelu' and bias=True it is GPT-2. generate.py writes with it.
-
-Shapes: B sequences, T tokens, C = n_embd, V = vocab_size.
+position='learned', mlp='gelu' and bias=True it is GPT-2. generate.py writes with it. In shapes, B is the
+number of sequences, T of tokens, C = n_embd, V = vocab_size.
 """
 
 import math
@@ -61,8 +60,7 @@ class GPTConfig:
              f'n_kv_head {self.n_kv_head} must divide n_head {self.n_head}'),
             (in_pairs % 2 == 0, f'{self.position} positions need an even width, not {in_pairs}'),
             (0 <= self.dropout < 1, f'dropout must be at least 0 and below 1, not {self.dropout}'),
-            (self.norm_eps > 0, f'norm_eps must be above 0, not {self.norm_eps}'),
-            (self.rope_theta > 0, f'rope_theta must be above 0, not {self.rope_theta}'),
+            (min(self.norm_eps, self.rope_theta) > 0, 'norm_eps and rope_theta must be above 0'),
         ):
             if not holds:
                 raise ValueError(wanted)
@@ -133,6 +131,8 @@ class Attention(nn.Module):
         mask, dtype = None, v.dtype
         if cache is not None:  # it gives the keys and values of all tokens so far, perhaps in another dtype
             (k, v), mask = cache.append(self.layer, k, v), cache.mask
+        if x.is_cuda and q.size(1) > k.size(1):  # where flash cannot run, enable_gqa would hold T x T scores
+            k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
         dropout = self.config.dropout if self.training else 0.0
         if cache is None and T <= 512 and x.device.type == 'cpu' and torch.is_autocast_enabled('cpu'):
             y = plain_attention(q, k, v, dropout)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from generate import KVCache, generate, sample_token
+from model import GPT
 from tests.test_model import CASES, small
 
 
@@ -39,6 +40,18 @@ def test_greedy_generation_past_the_context_is_that_of_the_uncached_model(choice
             context = context[:, -max(size // 2, 1):]
         assert torch.equal(token, model(context)[:, -1].argmax(-1))
         context = torch.cat((context, token[:, None]), 1)
+
+
+def test_attention_to_a_cache_is_never_cudnn_s(monkeypatch):
+    flags, hidden = [], GPT.hidden
+    monkeypatch.setattr(GPT, 'hidden', lambda *args: (flags.append(enabled()), hidden(*args))[1])
+
+    def enabled():
+        return torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled()
+
+    before = enabled()
+    list(generate(small(), torch.ones(1, 1, dtype=torch.long), 3))
+    assert flags == 3 * [(False, True)] and enabled() == before
 
 
 def test_generation_stops_when_every_sequence_has_stopped():

@@ -174,3 +174,19 @@ def test_flops_by_hand():
     block = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48  # q, k and v, proj, swiglu
     forward = 2 * (3 * block + 23 * 32) + 3 * 2 * 2 * 16 * 32  # scores and their sums: 2 products a layer
     assert GPT(config).flops_per_token() == 3 * forward
+
+
+class OnCuda(torch.Tensor):
+    is_cuda = True
+
+
+@pytest.mark.parametrize('kind, k_heads', [(OnCuda, 4), (torch.Tensor, 2)])
+def test_grouped_queries_make_no_scores_of_all_pairs(monkeypatch, kind, k_heads):
+    """As enable_gqa does where flash attention cannot run; on a CPU that always can."""
+    calls, attend = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', lambda q, k, v, **more: (
+        calls.append((k.size(1), v.size(1), more['enable_gqa'])), attend(q, k, v, **more))[1])
+    attention, x = small(n_kv_head=2, position='learned').blocks[0].attn, torch.randn(2, 16, 32)
+    torch.testing.assert_close(attention(x.as_subclass(kind), None, None).as_subclass(torch.Tensor),
+                               attention(x, None, None))
+    assert calls[0] == (k_heads, k_heads, k_heads == 2)
