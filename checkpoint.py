@@ -9,7 +9,9 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,16 +35,15 @@ def written(path):
                         'make room or name another --out_dir, then go on with --init_from resume') from None
 
 
-def save_checkpoint(path, checkpoint):
-    """Write `checkpoint` to `path`, whole or not at all: what was there stays until the new file is on disk.
+def write_whole(path, write):
+    """write(file) to `path`, whole or not at all: what was there stays until the new file is on disk.
 
     Raises UserError where the disk does not take it.
     """
-    path = Path(path)
     temporary = path.with_name(path.name + '.tmp')
     try:
         with written(path), open(temporary, 'wb') as file:
-            torch.save(checkpoint, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -63,8 +64,7 @@ def load_checkpoint(path):
         raise UserError(f'{path} is damaged or no checkpoint ({reason}){other_checkpoint(path)}')
     with reading(path, 'is not a checkpoint of this project, and was not run'):
         checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-    missing = {'model', 'config', 'tokenizer', 'settings', 'iter'} - set(checkpoint)
-    if missing:
+    if missing := {'model', 'config', 'tokenizer', 'settings', 'iter'} - set(checkpoint):
         raise UserError(f"{path} is not a checkpoint of this project: it has no {', '.join(sorted(missing))}")
     return checkpoint
 
@@ -136,8 +136,11 @@ class RunFolder:
 
     def save(self, checkpoint, best=False):
         """Save the last checkpoint, and if it is the best one, that too."""
-        for name in ('best', 'last') if best else ('last',):
-            save_checkpoint(self.path / FILES[name], checkpoint)
+        path = self.path / FILES['best' if best else 'last']
+        write_whole(path, partial(torch.save, checkpoint))
+        if best:  # it came first, as the last one says how good the best one is
+            with open(path, 'rb') as file:
+                write_whole(self.path / FILES['last'], partial(shutil.copyfileobj, file))
 
     def plot(self):
         """Draw the losses of metrics.jsonl as loss.png."""

@@ -3,12 +3,13 @@
 import json
 import os
 import resource
+from functools import partial
 
 import pytest
 import torch
 
 import checkpoint
-from checkpoint import RunFolder, load_checkpoint, load_model, save_checkpoint, written
+from checkpoint import RunFolder, load_checkpoint, load_model, write_whole, written
 from errors import UserError
 from model import GPT, GPTConfig
 
@@ -21,12 +22,16 @@ STATE = {
 }
 
 
+def save(path, state):
+    write_whole(path, partial(torch.save, state))
+
+
 def test_what_is_saved_is_loaded_and_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     calls, replace = [], os.replace
     monkeypatch.setattr(os, 'fsync', lambda fd: calls.append(
         (os.readlink(f'/proc/self/fd/{fd}'), os.fstat(fd).st_size)))
     monkeypatch.setattr(os, 'replace', lambda old, new: (calls.append('renamed'), replace(old, new)))
-    save_checkpoint(tmp_path / 'ckpt.pt', STATE)
+    save(tmp_path / 'ckpt.pt', STATE)
     size = os.path.getsize(tmp_path / 'ckpt.pt')
     assert calls[:2] == [(f'{tmp_path}/ckpt.pt.tmp', size), 'renamed'] and calls[2][0] == str(tmp_path)
     loaded = load_checkpoint(tmp_path / 'ckpt.pt')
@@ -36,12 +41,12 @@ def test_what_is_saved_is_loaded_and_on_disk_before_it_gets_its_name(tmp_path, m
 
 @pytest.mark.parametrize('room', [1000, 200_000])
 def test_a_full_disk_leaves_the_old_file(tmp_path, room):
-    save_checkpoint(tmp_path / 'ckpt.pt', STATE)
+    save(tmp_path / 'ckpt.pt', STATE)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
     try:
         with pytest.raises(UserError, match=r'cannot write .*ckpt.pt \(File too large\).* whole: make room'):
-            save_checkpoint(tmp_path / 'ckpt.pt', STATE | {'iter': 8})
+            save(tmp_path / 'ckpt.pt', STATE | {'iter': 8})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert os.listdir(tmp_path) == ['ckpt.pt'] and load_checkpoint(tmp_path / 'ckpt.pt')['iter'] == 7
@@ -78,7 +83,7 @@ def flipped(data):
 def test_damage_is_named_and_so_is_what_else_there_is(tmp_path, harm):
     last, best = files = tmp_path / 'ckpt.pt', tmp_path / 'best.pt'
     for file in files:
-        save_checkpoint(file, STATE)
+        save(file, STATE)
     whole = last.read_bytes()
     for file, advice in (last, r'type cp .*best.pt .*ckpt.pt$'), (best, r'--ckpt last$'):
         file.write_bytes(harm(whole))
@@ -124,11 +129,14 @@ def test_metrics_go_on_from_the_step_and_leave_out_bad_lines(tmp_path):
 
 def test_the_best_is_saved_before_the_last_that_says_how_good_it_was(tmp_path, monkeypatch):
     """Killed between the two, a run goes on from the one before and finds that best again."""
-    saved = []
-    monkeypatch.setattr(checkpoint, 'save_checkpoint', lambda path, _: saved.append(path.name))
-    RunFolder(tmp_path).save(STATE, best=True)
-    RunFolder(tmp_path).save(STATE)
-    assert saved == ['best.pt', 'ckpt.pt', 'ckpt.pt']
+    saved, store, replace = [], torch.save, os.replace
+    monkeypatch.setattr(os, 'replace', lambda old, new: (saved.append(new.name), replace(old, new)))
+    monkeypatch.setattr(torch, 'save', lambda *args: (saved.append('torch.save'), store(*args)))
+    folder = RunFolder(tmp_path)
+    folder.save(STATE, best=True)
+    assert (tmp_path / 'best.pt').read_bytes() == (tmp_path / 'ckpt.pt').read_bytes()
+    folder.save(STATE)
+    assert saved == ['torch.save', 'best.pt', 'ckpt.pt', 'torch.save', 'ckpt.pt']
 
 
 def test_a_new_run_takes_the_place_of_an_old_one_when_it_is_saved(tmp_path, monkeypatch):
@@ -136,7 +144,7 @@ def test_a_new_run_takes_the_place_of_an_old_one_when_it_is_saved(tmp_path, monk
     for name, data in old.items():
         (tmp_path / name).write_bytes(data)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(checkpoint, 'save_checkpoint', lambda *_: exec('raise KeyboardInterrupt'))
+        patch.setattr(checkpoint, 'write_whole', lambda *_: exec('raise KeyboardInterrupt'))
         RunFolder(tmp_path, overwrite=True).begin(STATE)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old
     (tmp_path / 'best.pt.tmp').write_bytes(b'half')  # of a killed save

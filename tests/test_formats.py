@@ -19,7 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from checkpoint import load_model, save_checkpoint
+from checkpoint import load_model
 from data.tiny_stories.sample_stories import stories
 from data.tokenizer import BPETokenizer, CharTokenizer, tokenizer_from_state
 from errors import UserError
@@ -91,9 +91,9 @@ def test_there_and_back_is_exact(tmp_path, fmt, block, encoding):
 
 def test_which_path_is_what(tmp_path):
     checkpoint, bpe = make(trained('char')), trained('bpe')
-    save_checkpoint(tmp_path / 'ckpt.pt', checkpoint)
+    torch.save(checkpoint, tmp_path / 'ckpt.pt')
     assert open_tokenizer(str(tmp_path)).state() == checkpoint['tokenizer']
-    save_checkpoint(tmp_path / 'best.pt', checkpoint | {'iter': 2})
+    torch.save(checkpoint | {'iter': 2}, tmp_path / 'best.pt')
     assert load_pretrained(str(tmp_path))['iter'] == 2 and load_pretrained(tmp_path / 'ckpt.pt')['iter'] == 3
     bpe.save(tmp_path)
     assert open_tokenizer(tmp_path / 'tokenizer.model').state() == bpe.state()

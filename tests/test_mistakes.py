@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
-from checkpoint import save_checkpoint
 from data.shards import fingerprint, read_meta
 from data.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
@@ -35,10 +35,10 @@ def trained(**changes):
         model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=1, n_head=2, n_embd=16, block_size=64))
         settings = {'dataset': 'data', 'block_size': 64, 'n_layer': 1, 'n_head': 2, 'n_embd': 16}
         for name in 'ckpt.pt', 'best.pt':
-            save_checkpoint(Path('out', name), {
+            torch.save({
                 'model': model.state_dict(), 'config': asdict(model.config), 'tokenizer': tokenizer.state(),
                 'settings': settings, 'iter': 1, 'best_val_loss': 1.0, 'optimizers': [], 'scaler': {},
-                'fingerprint': fingerprint(read_meta('data'))} | changes)
+                'fingerprint': fingerprint(read_meta('data'))} | changes, Path('out', name))
     return make
 
 

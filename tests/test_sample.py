@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import sample
-from checkpoint import load_checkpoint, load_model, save_checkpoint
+from checkpoint import load_checkpoint, load_model
 from data import infill
 from data.tokenizer import CharTokenizer
 from errors import UserError
@@ -79,7 +79,7 @@ def test_what_a_run_writes_is_what_its_weights_say(run, data, tmp_path):
 @pytest.fixture
 def write(run, tmp_path, monkeypatch, capsys):
     """write(**settings) is sample.main() on a terminal, of a model that can infill: (stories, stderr)."""
-    save_checkpoint(tmp_path / 'best.pt', load_checkpoint(run[0] / 'best.pt') | {'infill_rate': 0.5})
+    torch.save(load_checkpoint(run[0] / 'best.pt') | {'infill_rate': 0.5}, tmp_path / 'best.pt')
 
     def main(**settings):
         for name, value in {'out_dir': str(tmp_path), 'device': 'cpu', 'num_samples': 2, **settings}.items():
