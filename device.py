@@ -2,47 +2,58 @@
 
 import contextlib
 import ctypes
+import re
 import sys
+import warnings
 
 import torch
 
+from configurator import one_of
 from errors import SettingError
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
-# Dense tensor-core peaks in FLOP/s at 16 bits, from the makers' data sheets; the first name that fits counts.
-PEAK_FLOPS = {'H200': 989e12, 'H100 PCIe': 756e12, 'H100': 989e12, 'A100': 312e12, 'L40S': 362e12,
-              'L4': 121e12, 'A10': 125e12, 'V100': 125e12, 'T4': 65e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12}
+# Dense tensor-core peaks in FLOP/s at 16 bits, from the makers' data sheets; whole names: an L40 is no L4.
+PEAK_FLOPS = {'B200': 2250e12, 'H200': 989e12, 'H100': 989e12, 'H100 NVL': 835e12, 'H100 PCIE': 756e12,
+              'A100': 312e12, 'A100 PCIE': 312e12, 'L40S': 362e12, 'L4': 121e12, 'A10': 125e12,
+              'V100': 125e12, 'T4': 65e12, 'RTX 5090': 210e12, 'RTX 4090': 165e12, 'RTX 3090': 71e12}
 
 
-def choose_device(name, local_rank=0):
+def choose_device(name, local_rank=0, world_size=1):
     """The torch.device for a `device` setting: 'auto' is CUDA, then MPS, then CPU. Raises SettingError."""
     if name == 'auto':
-        name = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise SettingError(f'device {name!r} is not auto, cpu, cuda, cuda:N or mps') from None
-    if device.type == 'cuda':
-        count = torch.cuda.device_count()
-        index = local_rank if device.index is None else device.index
-        if index >= count:
-            raise SettingError(f'device {name}: this machine has {count} CUDA devices; use --device cpu')
-        torch.cuda.set_device(index)
-        return torch.device('cuda', index)
+        name = 'cuda' if find_cuda(local_rank) else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    if not re.fullmatch(r'cpu|cuda(:\d+)?|mps', name):
+        raise SettingError(f'device {name!r} is not auto, cpu, cuda, cuda:N or mps')
+    device = torch.device(name)
     if device.type == 'mps' and not torch.backends.mps.is_available():
         raise SettingError('device mps: this machine has none; use --device cpu or auto')
-    if device.type not in ('cpu', 'mps'):
-        raise SettingError(f'device {name!r} is not auto, cpu, cuda, cuda:N or mps')
-    return torch.device(device.type)
+    if device.type != 'cuda':
+        return device
+    if device.index is not None and world_size > 1:
+        raise SettingError(f'device {name}: {world_size} processes need a GPU each; use --device cuda')
+    index, count = local_rank if device.index is None else device.index, torch.cuda.device_count()
+    if index >= count:
+        raise SettingError(f'device {name}: this machine has {count} CUDA devices; use --device cpu')
+    torch.cuda.set_device(index)
+    return torch.device('cuda', index)
+
+
+def find_cuda(local_rank):
+    """Whether CUDA works. Where it should and does not, as under a driver too old for this torch, say so."""
+    with warnings.catch_warnings(record=True) as found:
+        works = torch.cuda.is_available()
+    if found and not works and local_rank == 0:
+        print(f"no GPU: {str(found[0].message).split('. ')[0]}, for torch {torch.__version__}; "
+              'pytorch.org/get-started has builds for older drivers', file=sys.stderr)
+    return works
 
 
 def choose_dtype(name, device):
     """The torch.dtype for a `dtype` setting: 'auto' is bfloat16 where the hardware multiplies it, float16 on
     older CUDA GPUs, else float32. Raises SettingError."""
-    if name != 'auto':
-        if name not in DTYPES:
-            raise SettingError(f"dtype {name!r} is not one of auto, {', '.join(DTYPES)}")
+    one_of(('auto', *DTYPES), dtype=name)
+    if name in DTYPES:
         return DTYPES[name]
     if device.type == 'cuda':
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
@@ -53,34 +64,27 @@ def choose_dtype(name, device):
 
 def autocast(device, dtype):
     """A context in which matrix multiplications compute in `dtype`."""
-    if dtype == torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype)
-
-
-def grad_scaler(device, ptdtype):
-    """What scales the loss up, and the gradients back, where they are float16; else it does nothing.
-    Raises SettingError."""
-    if ptdtype == torch.float16 and device.type == 'mps':
-        raise SettingError('float16 does not train on mps: use --dtype float32 or bfloat16')
-    return torch.amp.GradScaler(device.type, enabled=ptdtype == torch.float16)
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def keep_memory():
-    """Have the C library keep the memory of freed tensors for the next ones.
-
-    glibc gives large blocks back to the system at once, and each step pays page faults to have them again.
-    Other C libraries decide for themselves.
-    """
+    """Have glibc keep the memory of freed tensors: it would give large blocks back to the system at once, and
+    each step would pay page faults to have them again."""
     libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
     if hasattr(libc, 'mallopt'):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
+def to_device(arrays, device):
+    """NumPy arrays as tensors on the device; from pinned memory they travel to a GPU while it computes."""
+    on_gpu = device.type == 'cuda'
+    tensors = map(torch.from_numpy, arrays)
+    return [(t.pin_memory() if on_gpu else t).to(device, non_blocking=on_gpu) for t in tensors]
+
+
 def peak_flops(device):
     """Peak FLOP/s of a CUDA device at 16 bits, or 0 where it is not known."""
-    if device.type != 'cuda':
-        return 0
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), 0)
+    name = torch.cuda.get_device_name(device).upper() if device.type == 'cuda' else ''
+    name = re.sub(r'NVIDIA |TESLA |GEFORCE | (SXM\d|HBM\d\w*|\d+GB)', '', name.replace('-', ' '))
+    return PEAK_FLOPS.get(name, 0)

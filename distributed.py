@@ -6,6 +6,7 @@ import shlex
 import signal
 import sys
 import time
+import warnings
 
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -21,15 +22,16 @@ def join_ranks(model, device):
     """Meet the other ranks, if there are any; returns the model that exchanges its gradients with theirs."""
     if ranks()[2] == 1:
         return model
-    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
-    return DistributedDataParallel(model)
+    backend = {'backend': 'nccl', 'device_id': device} if device.type == 'cuda' else {'backend': 'gloo'}
+    dist.init_process_group(**backend)
+    with warnings.catch_warnings(action='ignore', category=FutureWarning):  # torch 2.13 has a new name for it
+        return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def leave_ranks():
     """Wait for the others: once a rank has ended, torchrun ends the rest, however far a save is."""
     if dist.is_initialized():
         dist.barrier()
-        dist.destroy_process_group()
 
 
 def resume_command(out_dir):
@@ -41,11 +43,8 @@ def resume_command(out_dir):
 
 
 def watch_signals():
-    """Ctrl-C and SIGTERM put their number into the list returned; a second Ctrl-C stops at once.
-
-    torchrun hands a Ctrl-C on to processes that the terminal has told already: under it, one that follows
-    within a second is the same one.
-    """
+    """Ctrl-C and SIGTERM put their number into the list returned; a second Ctrl-C stops at once. torchrun
+    hands a Ctrl-C on to processes that the terminal has told already: so, under it, not within a second."""
     caught, first = [], 0.0
     echo = 1.0 if 'TORCHELASTIC_RUN_ID' in os.environ else 0.0  # seconds
 
@@ -63,13 +62,18 @@ def watch_signals():
 
 @contextlib.contextmanager
 def lost_ranks_told(out_dir):
-    """One line, no traceback, where an exchange with another rank fails because that one has ended."""
+    """One line, no traceback, where an exchange with the other ranks fails; at any end the group is left."""
     try:
         yield
     except RuntimeError as error:  # for gloo torch has no class of its own
-        if not dist.is_initialized() or not (isinstance(error, dist.DistError) or 'gloo' in str(error)):
+        if not (isinstance(error, dist.DistError) or 'gloo' in str(error)):
             raise
-        if dist.get_rank() < 2:  # rank 0, and one more as rank 0 may be the one
-            print(f'train.py: another process of this run has ended, so rank {dist.get_rank()} stops; what '
-                  f'was saved is whole, go on with: {resume_command(out_dir)}', file=sys.stderr)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which torchrun ends those that hang
+        if ranks()[0] < 2:  # rank 0, and one more as rank 0 may have ended
+            print(f'train.py: rank {ranks()[0]} does not reach the others, of which one may have ended: '
+                  f'{str(error).splitlines()[0]}; what was saved is whole, go on with: '
+                  + resume_command(out_dir), file=sys.stderr)
         raise SystemExit(1) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import sys
 import time
@@ -51,6 +52,23 @@ def be_a_worker():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == 'linux':
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+@contextlib.contextmanager
+def memory_told(advice):
+    """One line with this advice where memory runs out."""
+    try:
+        yield
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError(f'out of memory: {advice}') from None
+
+
+def out_of_memory(error):
+    """Whether memory has run out: torch has one exception for CUDA and mere words for MPS and CPUs."""
+    words = "out of memory|can't allocate memory|not enough memory"
+    return isinstance(error, MemoryError) or bool(re.search(words, str(error)))
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
+from device import to_device
 from model import log_probs_in_parts
 
 
@@ -39,7 +40,8 @@ def evaluate(score_model, split, block_size, batch_size, infill=((), ()), max_ba
     batches = [(kind, first) for kind, length in enumerate(lengths)
                for first in range(0, min(length, limit * batch_size), batch_size)]
     # of the split, its middles, and those after a shuffled end: loss, hits, targets; last, whether it stopped
-    sums = torch.zeros(4, 3, dtype=torch.float64, device='cpu' if device == 'mps' else device)
+    device = torch.device(device)  # mps has no float64
+    sums = torch.zeros(4, 3, dtype=torch.float64, device='cpu' if device.type == 'mps' else device)
     for kind, first in batches[rank::world_size]:
         if stopped():
             sums[3] = 1
@@ -49,7 +51,7 @@ def evaluate(score_model, split, block_size, batch_size, infill=((), ()), max_ba
             x, y = split.windows(range(first, first + batch_size), block_size)
         else:
             x, y = padded(infill[kind - 1][first:first + batch_size], batch_size, block_size)
-        x, y = (torch.from_numpy(a).to(device) for a in (x, y))
+        x, y = to_device((x, y), device)
         sums[kind] += torch.stack((*score_model(x, y), (y >= 0).sum())).to(sums)
     if world_size > 1:
         dist.all_reduce(sums)

@@ -7,6 +7,7 @@
     torchrun --standalone --nproc_per_node=8 train.py config/tiny_stories.py
 """
 
+import gc
 import itertools
 import math
 import shlex
@@ -27,9 +28,9 @@ from configurator import configure, in_range, one_of, settings
 from data import infill
 from data.shards import Batches, Split, fingerprint
 from data.tokenizer import load_tokenizer
-from device import autocast, choose_device, choose_dtype, grad_scaler, keep_memory, peak_flops
+from device import autocast, choose_device, choose_dtype, keep_memory, peak_flops, to_device
 from distributed import join_ranks, leave_ranks, lost_ranks_told, ranks, resume_command, watch_signals
-from errors import SettingError, UserError, run
+from errors import SettingError, UserError, memory_told, out_of_memory, run
 from evaluate import evaluate, infill_rows, score
 from formats import load_pretrained
 from generate import generate
@@ -137,29 +138,31 @@ def lr_factor(it):
     return min(warmup, max(0, max_iters - it) / max(1, max_iters - warmup_iters))
 
 
-def compiled(model, x, y, context):
-    """What trains and what evaluates, the model and its `score`, compiled where that works, else plain."""
-    plain = model, partial(score, model)
+def compiled(ddp_model, model, x, y, context):
+    """What trains and what evaluates, ddp_model and the `score` of its GPT, compiled where that works.
+
+    Compiled around DDP, the backward pass is cut where DDP exchanges gradients, which then travel meanwhile.
+    """
+    plain = ddp_model, partial(score, model)
     if compile == 'False' or (compile == 'auto' and x.device.type != 'cuda'):
         return plain
     compiled_model, compiled_score = map(torch.compile, plain)
+    ddp_model.require_backward_grad_sync = False  # each rank for itself
     try:
         with context:  # on one batch
             compiled_model(x, y).backward()
+            model.eval()
             compiled_score(x, y)
-        model.zero_grad(set_to_none=True)
         return compiled_model, compiled_score
     except Exception as error:  # a missing compiler, an old GPU: many libraries, many exceptions
-        print(f'torch.compile failed ({type(error).__name__}); going on without it', file=sys.stderr)
+        if out_of_memory(error):  # plain, it would take more
+            raise
+        if ranks()[0] == 0:
+            print(f'torch.compile failed ({type(error).__name__}); going on without it', file=sys.stderr)
         return plain
-
-
-def to_device(xy, device):
-    """The arrays x and y as tensors on the device."""
-    tensors = map(torch.from_numpy, xy)
-    if device.type == 'cuda':  # from pinned memory they travel while the GPU computes
-        return [t.pin_memory().to(device, non_blocking=True) for t in tensors]
-    return [t.to(device) for t in tensors]
+    finally:
+        model.train()
+        model.zero_grad(set_to_none=True)
 
 
 def sample_story(model, tokenizer, context, stopped):
@@ -200,7 +203,8 @@ def go_on(checkpoint, model, optimizers, scaler, data):
                            f"{data[:12]}, the run's {checkpoint['fingerprint'][:12]}): prepare it as before, "
                            'or name another --out_dir')
     model.load_state_dict(checkpoint['model'])
-    scaler.load_state_dict(checkpoint['scaler'])
+    if checkpoint['scaler']:  # else the run was not in float16 so far
+        scaler.load_state_dict(checkpoint['scaler'])
     for opt, saved in zip(optimizers, checkpoint['optimizers'], strict=True):
         groups = opt.state_dict()['param_groups']  # rates and the like given for the rest of the run count
         opt.load_state_dict(saved | {'param_groups': groups})
@@ -215,12 +219,20 @@ def make_checkpoint(model, optimizers, scaler, tokenizer, meta, it, best_val_los
         'fingerprint': fingerprint(meta), 'infill_rate': meta.get('infill_rate', 0)}
 
 
+def less_memory():
+    """What to type for the same batches in less memory."""
+    factor = next((n for n in range(2, batch_size + 1) if batch_size % n == 0), 0)
+    return (f'type --batch_size {batch_size // factor} --gradient_accumulation_steps '
+            f'{gradient_accumulation_steps * factor}, which is the same' if factor else
+            'take a smaller model or --block_size')
+
+
 def main():
     # where to compute ---------------------------------------------------------
     rank, local_rank, world_size = ranks()
     master_process = rank == 0  # it saves and prints
     check_settings()
-    torch_device = choose_device(device, local_rank)
+    torch_device = choose_device(device, local_rank, world_size)
     ptdtype = choose_dtype(dtype, torch_device)
     context = autocast(torch_device, ptdtype)
     keep_memory()
@@ -240,15 +252,16 @@ def main():
     torch.manual_seed(seed)
     model = GPT(make_config(tokenizer.vocab_size)).to(torch_device)
     optimizers = make_optimizers(model)
-    scaler = grad_scaler(torch_device, ptdtype)
+    scaler = torch.amp.GradScaler(torch_device.type, enabled=ptdtype == torch.float16)
     it, best_val_loss = 0, math.inf
     if init_from == 'resume':
         it, best_val_loss = go_on(load_checkpoint(run_folder.path / 'ckpt.pt'), model, optimizers, scaler,
                                   fingerprint(train_split.meta))
     elif init_from != 'scratch':
         begin_from(load_pretrained(init_from), model, tokenizer)
-    compiled_model, compiled_score = compiled(model, *to_device(batches(it)[0], torch_device), context)
-    ddp_model = join_ranks(compiled_model, torch_device)
+    ddp_model = join_ranks(model, torch_device)
+    compiled_model, compiled_score = compiled(ddp_model, model, *to_device(batches(it)[0], torch_device),
+                                              context)
     checkpoint = partial(make_checkpoint, model, optimizers, scaler, tokenizer, train_split.meta)
     caught = watch_signals()
     step_tokens = batches.sequences * block_size
@@ -262,6 +275,8 @@ def main():
     peak, skipped, stopping = peak_flops(torch_device), 0, False
     spent = logged_spent = 0.0  # seconds of training since the start, and up to the last line
     start_it = logged_it = it
+    gc.collect()
+    gc.freeze()  # what there is by now is never garbage, and is not looked through again
     for micro_batches in batches.ahead(it):  # endless: those of step `it`, as numpy arrays
         # once in a while: evaluate, save, show a story
         if it % eval_interval == 0 or it == max_iters:
@@ -292,25 +307,28 @@ def main():
         for i, xy in enumerate(micro_batches):
             ddp_model.require_backward_grad_sync = i == len(micro_batches) - 1  # DDP: one exchange a step
             with context:
-                part = ddp_model(*to_device(xy, torch_device)) / len(micro_batches)
+                part = compiled_model(*to_device(xy, torch_device)) / len(micro_batches)
             scaler.scale(part).backward()
             loss += part.detach()
         for opt in optimizers:
             scaler.unscale_(opt)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-        shared = torch.stack((loss, loss.new_tensor(bool(caught))))
+        if scaler.is_enabled() and not grad_norm.isfinite():  # clipping has spread it to all gradients
+            skipped += 1
+            scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
+        else:
+            for opt in optimizers:
+                opt.step()  # not by the scaler, which would look at each optimizer's gradients again
+            scaler.update()
+        model.zero_grad(set_to_none=True)
+        figures = torch.stack((loss, grad_norm, torch.full_like(loss, bool(caught))))
         if world_size > 1:  # all ranks stop at the same step
-            dist.all_reduce(shared)
-        loss, stopping, grad_norm = shared[0].item() / world_size, shared[1].item() > 0, grad_norm.item()
-        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or scaler.is_enabled()):
+            dist.all_reduce(figures)
+        loss, grad_norm, stopping = (figures / world_size).tolist()  # only here a GPU is waited for
+        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or scaler.get_scale() > 1):
             raise UserError(f'step {it}: the loss is {loss}, the gradient norm {grad_norm}; the last good '
                             f'weights are in {out_dir}/ckpt.pt. Go on with a lower --learning_rate or '
                             f'--dtype float32: {resume_command(out_dir)}')
-        skipped += not math.isfinite(grad_norm)  # no update, normal under float16's scaling
-        for opt in optimizers:
-            scaler.step(opt)
-            opt.zero_grad(set_to_none=True)
-        scaler.update()
         spent += time.perf_counter() - began
         it += 1
 
@@ -342,4 +360,4 @@ def main():
 
 if __name__ == '__main__':
     configure(globals(), base=checkpoint_settings)
-    run(lost_ranks_told(out_dir)(main))
+    run(lost_ranks_told(out_dir)(memory_told(less_memory())(main)))

@@ -1,19 +1,31 @@
 """Several ranks on one machine: the same batches and losses, saving and going on, and what ends a run."""
 
+import json
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch.distributed
+import torch
+import torch.distributed as dist
 
+import distributed
 from checkpoint import load_checkpoint
-from distributed import resume_command
+from distributed import join_ranks, lost_ranks_told, resume_command
+from errors import UserError
 from tests.tiny import ROOT, SETTINGS, Script, metrics
+
+PROFILED = """
+import json, runpy, torch
+with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    runpy.run_path('train.py', run_name='__main__')
+print(json.dumps({event.key: event.count for event in profile.key_averages() if 'gloo:' in event.key}))
+"""
 
 
 def torchrun(*words):
@@ -24,15 +36,16 @@ def torchrun(*words):
                             start_new_session=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
 
 
-def on_ranks(ranks, *words):
-    """train.py on some ranks until its end, without torchrun and its time."""
-    store = torch.distributed.TCPStore('localhost', 0, is_master=True, wait_for_workers=False)
+def on_ranks(ranks, *words, program='train.py'):
+    """train.py on some ranks until its end, without torchrun and its time; returns what rank 0 prints."""
+    store = dist.TCPStore('localhost', 0, is_master=True, wait_for_workers=False)
     around = {'WORLD_SIZE': ranks, 'LOCAL_WORLD_SIZE': ranks, 'MASTER_ADDR': 'localhost',
               'MASTER_PORT': store.port, 'TORCHELASTIC_USE_AGENT_STORE': True}
-    runs = [Script('train.py', *words, **{name: str(value) for name, value in (
+    runs = [Script(program, *words, **{name: str(value) for name, value in (
         around | {'RANK': rank, 'LOCAL_RANK': rank}).items()}) for rank in range(ranks)]
     for run in runs:
         run.finish()
+    return runs[0].out
 
 
 @pytest.fixture(scope='module')
@@ -93,9 +106,49 @@ def test_a_rank_that_dies_takes_the_run_down(data, tmp_path):
     os.kill(rank_0, signal.SIGKILL)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 1, err
-    assert 'another process of this run has ended' in err and '--init_from resume' in err
+    assert 'does not reach the others' in err and '--init_from resume' in err
     assert 'RuntimeError' not in err
     assert load_checkpoint(tmp_path / 'out' / 'ckpt.pt')['iter'] >= 5
+
+
+@pytest.mark.parametrize('end, said', [
+    (None, ''), (UserError('nan'), ''), (SystemExit(130), ''), (ZeroDivisionError(), ''),
+    (dist.DistBackendError('NCCL error in: x.cpp:94, unhandled cuda error\nmore'), 'unhandled cuda error; '),
+    (RuntimeError('[gloo/tcp/pair.cc] Connection closed by peer'), 'Connection closed by peer; what was')])
+def test_every_end_leaves_the_group_and_a_failed_exchange_is_one_line(monkeypatch, capsys, end, said):
+    left = []
+    monkeypatch.setattr(dist, 'is_initialized', lambda: True)
+    monkeypatch.setattr(dist, 'destroy_process_group', lambda: left.append(True))
+    try:
+        with lost_ranks_told('out'):
+            if end:
+                raise end
+    except BaseException as raised:
+        assert raised is end or (said and isinstance(raised, SystemExit) and raised.code == 1)
+    err = capsys.readouterr().err
+    assert left == [True] and said in err and err.count('\n') == bool(said)
+
+
+@pytest.mark.parametrize('name, options', [
+    ('cuda:1', {'backend': 'nccl', 'device_id': torch.device('cuda', 1)}), ('cpu', {'backend': 'gloo'})])
+def test_how_ranks_join(monkeypatch, name, options):
+    joined = []
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    monkeypatch.setattr(dist, 'init_process_group', lambda **options: joined.append(options))
+    monkeypatch.setattr(distributed, 'DistributedDataParallel', lambda model, **options: options)
+    assert join_ranks('model', torch.device(name)) == {
+        'broadcast_buffers': False, 'gradient_as_bucket_view': True}
+    assert joined == [options]
+
+
+def test_a_step_has_two_exchanges(data, tmp_path):
+    """One of the gradients and one of its figures, whatever the number of micro-batches."""
+    (tmp_path / 'profiled.py').write_text(PROFILED)
+    counted = [Counter(json.loads(on_ranks(
+        2, *SETTINGS, f'--dataset={data}', f'--out_dir={tmp_path}/{steps}', f'--max_iters={steps}',
+        '--gradient_accumulation_steps=4', program=tmp_path / 'profiled.py').splitlines()[-1]))
+        for steps in (2, 6)]
+    assert counted[1] - counted[0] == {'gloo:all_reduce': 8}
 
 
 def test_on_several_machines_the_command_leaves_their_options_out(monkeypatch):

@@ -6,8 +6,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from errors import SettingError, UserError, reading, run
+from errors import SettingError, UserError, memory_told, reading, run
 from tests.tiny import ROOT
 
 
@@ -60,6 +61,18 @@ def test_a_reader_that_has_gone_is_no_error_and_a_full_disk_is_one_line():
         done = python("from errors import run; run(lambda: print('said'))", stdout)
         os.close(stdout)
         assert (done.returncode, done.stderr) == (status, line)
+
+
+@pytest.mark.parametrize('error', [
+    MemoryError(), torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB'),
+    RuntimeError('MPS backend out of memory (MPS allocated: 17 GB)'),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes."),
+    RuntimeError('[enforce fail] DefaultCPUAllocator: not enough memory: you tried 9 bytes.')])
+def test_want_of_memory_is_one_line(error):
+    with pytest.raises(UserError, match=r'^out of memory: halve it$'), memory_told('halve it'):
+        raise error
+    with pytest.raises(RuntimeError, match='a bug'), memory_told('halve it'):
+        raise RuntimeError('a bug')
 
 
 def test_a_worker_leaves_ctrl_c_to_its_parent():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import evaluate as evaluation
 from data.shards import Split
 from evaluate import evaluate, infill_rows, score
 from model import GPT, GPTConfig
@@ -49,6 +50,17 @@ def test_bits_per_byte_by_hand_on_four_tokens(tmp_path):
                                     'val_bpb': (1 + 2 + 3) / 3 * 4 / 10})
     huge = evaluate(lambda x, y: (torch.tensor(3e6), torch.tensor(0)), split, 3, 1)
     assert huge['val_loss'] == 1e6 and math.isfinite(huge['val_ppl'])
+
+
+@pytest.mark.parametrize('name, expected', [('mps', 'cpu'), ('cuda', 'cuda'), ('cpu', 'cpu')])
+def test_the_sums_are_in_float64_where_there_is_such(tmp_path, monkeypatch, name, expected):
+    asked, zeros = [], torch.zeros
+    monkeypatch.setattr(torch, 'zeros', lambda *shape, device, dtype: (
+        asked.append((str(device), dtype)), zeros(*shape, dtype=dtype))[1])
+    monkeypatch.setattr(evaluation, 'to_device', lambda arrays, _: map(torch.from_numpy, arrays))
+    evaluate(lambda x, y: (torch.tensor(1.0), torch.tensor(1)), val_split(tmp_path, TOKENS), 8, 4,
+             device=torch.device(name))
+    assert asked == [(expected, torch.float64)]
 
 
 @pytest.mark.parametrize('batch_size', [1, 3, 50])

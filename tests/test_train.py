@@ -1,15 +1,17 @@
 """The parts of train.py, and runs as a user starts them."""
 
 import contextlib
+import copy
 import math
 from dataclasses import asdict
 from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from checkpoint import load_checkpoint, save_checkpoint
+from checkpoint import load_checkpoint, write_whole
 from configurator import configure, settings
 from data.tokenizer import CharTokenizer
 from errors import UserError
@@ -108,7 +110,7 @@ def test_resuming_keeps_the_state_and_takes_what_is_given_now(quick, tmp_path):
     path = tmp_path / 'out' / 'ckpt.pt'
     checkpoint = load_checkpoint(path)
     checkpoint['scaler']['scale'] = 1024.0
-    save_checkpoint(path, checkpoint)
+    write_whole(path, partial(torch.save, checkpoint))  # whose weights are still a map of the old file
     quick([3.0, 3.0], '--init_from=resume', '--max_iters=3', '--eval_interval=3', '--dtype=float16',
           '--learning_rate=0.25', '--warmup_iters=0', '--weight_decay=0.5', '--log_interval=2')
     checkpoint = load_checkpoint(path)
@@ -124,12 +126,20 @@ def test_resuming_keeps_the_state_and_takes_what_is_given_now(quick, tmp_path):
 def test_a_step_takes_the_clipped_mean_gradient(quick, data, tmp_path, monkeypatch, capsys, flags):
     """Of all sequences of the step, whatever the number of micro-batches: against one pass over them all.
     float16 scales gradients up, and clipping comes after they are scaled back; the model is one graph."""
-    found, compile = {}, torch.compile
-    monkeypatch.setattr(torch, 'compile', partial(compile, backend='aot_eager', fullgraph=True))
+    found, compile = {}, partial(torch.compile, backend='aot_eager', fullgraph=True)
+
+    def compiled(function):
+        if not isinstance(function, Watched):
+            return compile(function)
+        function.model = compile(function.model)  # DDP is around the graph
+        return function
+
+    monkeypatch.setattr(torch, 'compile', compiled)
     monkeypatch.setattr(torch.optim.AdamW, 'step', lambda opt, *_, **__: found.update(
         {p: p.grad.clone() for group in opt.param_groups for p in group['params']}))
     watched = quick([3.0, 3.0], '--max_iters=1', '--batch_size=2', '--gradient_accumulation_steps=4', *flags)
-    assert [exchanged for exchanged, _ in watched.passes] == [False, False, False, True]
+    trial = [False] * ('--compile=True' in flags)  # each rank for itself
+    assert [exchanged for exchanged, _ in watched.passes] == [*trial, False, False, False, True]
     assert 'torch.compile failed' not in capsys.readouterr().err
     batches = train.Batches(train.Split(data, 'train'), 16, 8, 1, seed=train.seed)
     with torch.compiler.set_stance('force_eager'):
@@ -138,6 +148,94 @@ def test_a_step_takes_the_clipped_mean_gradient(quick, data, tmp_path, monkeypat
     assert metrics(tmp_path / 'out')[1]['grad_norm'] == pytest.approx(norm.item(), rel=1e-3)
     for p in watched.model.parameters():
         assert (found[p] - p.grad).norm() < 1e-3 * min(norm, train.grad_clip or norm)
+
+
+@pytest.mark.parametrize('value', [math.nan, math.inf])
+@pytest.mark.parametrize('which', [0, 1])  # Muon, AdamW
+def test_an_overflow_changes_nothing_but_the_scale(quick, tmp_path, monkeypatch, value, which):
+    """In one gradient of one optimizer: clipping spreads it to those of the other."""
+    optimizers, states = [], []
+    make, clip = train.make_optimizers, torch.nn.utils.clip_grad_norm_
+
+    def planted(parameters, limit):
+        parameters = list(parameters)
+        if len(states) == 1:
+            optimizers[which].param_groups[0]['params'][0].grad.view(-1)[3] = value
+        states.append(copy.deepcopy((parameters, [opt.state_dict()['state'] for opt in optimizers])))
+        return clip(parameters, limit)
+
+    monkeypatch.setattr(train, 'make_optimizers', lambda model: optimizers.extend(make(model)) or optimizers)
+    monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', planted)
+    quick([3.0, 3.0], '--max_iters=4', '--dtype=float16', '--optimizer=muon')
+    overflow, after, later = states[1:]
+    torch.testing.assert_close(after, overflow, rtol=0, atol=0)
+    assert not torch.equal(later[0][0], after[0][0])
+    assert load_checkpoint(tmp_path / 'out' / 'ckpt.pt')['scaler']['scale'] == 2.0**15
+    assert [line['iter'] for line in metrics(tmp_path / 'out')] == [0, 0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize('before, after', [
+    ('float16', 'bfloat16'), ('bfloat16', 'float16'), ('float32', 'float16'), ('float16', 'float32')])
+def test_a_run_goes_on_in_another_dtype(quick, tmp_path, before, after):
+    quick([3.0, 3.0], '--max_iters=1', f'--dtype={before}')
+    quick([3.0, 3.0], '--init_from=resume', '--max_iters=2', f'--dtype={after}')
+    checkpoint = load_checkpoint(tmp_path / 'out' / 'ckpt.pt')
+    assert checkpoint['iter'] == 2 and bool(checkpoint['scaler']) == (after == 'float16')
+
+
+class Reads(TorchDispatchMode):
+    """Counts what reads a lone number from a tensor: the processor would wait there for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function == torch.ops.aten._local_scalar_dense.default
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize('dtype, reads', [('float32', 0), ('float16', 1)])
+def test_a_step_waits_for_its_figures_alone(quick, dtype, reads):
+    counts = []
+    for steps in 2, 7:
+        with Reads() as found:
+            quick([3.0, 3.0], f'--max_iters={steps}', '--eval_interval=9', '--optimizer=muon',
+                  f'--dtype={dtype}', '--overwrite')
+        counts.append(found.count)
+    assert counts[1] - counts[0] == 5 * reads
+
+
+@pytest.mark.parametrize('failing', ['the model', 'its score'])
+def test_a_failed_compile_is_told_once_and_leaves_nothing(given, monkeypatch, capsys, failing):
+    model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=8, vocab_size=20, block_size=4))
+    arguments = model, model, *torch.ones(2, 2, 4, dtype=torch.long), contextlib.nullcontext()
+
+    def compile(function):
+        return raises if (function is model) == (failing == 'the model') else function
+
+    def raises(*_):
+        raise error
+
+    given(compile='True')
+    monkeypatch.setattr(torch, 'compile', compile)
+    error = ValueError('no compiler')
+    for rank, told in ('0', 'torch.compile failed (ValueError); going on without it\n'), ('1', ''):
+        monkeypatch.setenv('RANK', rank)
+        trained, scored = train.compiled(*arguments)
+        assert trained is model and scored.func is train.score and model.training
+        assert all(p.grad is None for p in model.parameters())
+        assert capsys.readouterr().err == told
+    error = torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')
+    with pytest.raises(torch.OutOfMemoryError):  # plain, it would take more
+        train.compiled(*arguments)
+
+
+@pytest.mark.parametrize('batch, steps, advice', [
+    (8, 3, '--batch_size 4 --gradient_accumulation_steps 6'), (1, 4, '--block_size'),
+    (9, 1, '--batch_size 3 --gradient_accumulation_steps 3'),
+    (7, 1, '--batch_size 1 --gradient_accumulation_steps 7')])
+def test_the_same_batches_in_less_memory(given, batch, steps, advice):
+    given(batch_size=batch, gradient_accumulation_steps=steps)
+    assert advice in train.less_memory()
 
 
 def test_a_rank_has_its_own_device_and_each_of_its_steps_its_own_dropout(quick, monkeypatch):
@@ -149,7 +247,7 @@ def test_a_rank_has_its_own_device_and_each_of_its_steps_its_own_dropout(quick, 
         monkeypatch.setenv('LOCAL_RANK', rank * 2)
         watched = quick([3.0, 3.0], '--max_iters=3', '--eval_interval=3', '--overwrite')
         seeds |= {seed for _, seed in watched.passes}
-    assert len(seeds) == 6 and devices == [('cpu', 0), ('cpu', 11)]
+    assert len(seeds) == 6 and devices == [('cpu', 0, 1), ('cpu', 11, 1)]
 
 
 # As a user starts it
