@@ -10,6 +10,7 @@ import json
 import os
 import shlex
 import shutil
+import sys
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -143,18 +144,17 @@ class RunFolder:
                 write_whole(self.path / FILES['last'], partial(shutil.copyfileobj, file))
 
     def plot(self):
-        """Draw the losses of metrics.jsonl as loss.png."""
-        import matplotlib  # takes half a second to import
-
-        matplotlib.use('Agg')
-        from matplotlib import pyplot
-
-        figure, axes = pyplot.subplots()
+        """Draw the losses of metrics.jsonl as loss.png, if there is matplotlib."""
+        try:
+            from matplotlib.figure import Figure  # takes half a second to import
+        except ModuleNotFoundError:
+            if len(self.records()) == 1:  # told once
+                print('no loss.png is drawn: pip install matplotlib', file=sys.stderr)
+            return
+        axes = Figure().subplots()
         for key, label in ('loss', 'training'), ('val_loss', 'validation'):
-            points = [(record['iter'], record[key]) for record in self.records() if key in record]
-            if points:
-                axes.plot(*zip(*points, strict=True), label=label)
+            records = [record for record in self.records() if key in record]
+            axes.plot([line['iter'] for line in records], [line[key] for line in records], label=label)
         axes.set(xlabel='step', ylabel='loss (nats per token)')
         axes.legend()
-        figure.savefig(self.path / 'loss.png')
-        pyplot.close(figure)
+        axes.figure.savefig(self.path / 'loss.png')

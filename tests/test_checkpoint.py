@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import sys
 from functools import partial
 
 import pytest
@@ -153,3 +154,14 @@ def test_a_new_run_takes_the_place_of_an_old_one_when_it_is_saved(tmp_path, monk
     assert sorted(os.listdir(tmp_path)) == ['ckpt.pt', 'metrics.jsonl', 'new']
     assert load_checkpoint(tmp_path / 'ckpt.pt')['iter'] == 0
     assert json.loads(f"[{(tmp_path / 'metrics.jsonl').read_text()}]") == []
+
+
+def test_without_matplotlib_there_is_no_picture_and_one_line(tmp_path, monkeypatch, capsys):
+    for name in 'matplotlib', 'matplotlib.figure':
+        monkeypatch.setitem(sys.modules, name, None)
+    folder = RunFolder(tmp_path)
+    for it in range(3):
+        folder.record(iter=it, val_loss=1.0)
+        folder.plot()
+    assert capsys.readouterr().err == 'no loss.png is drawn: pip install matplotlib\n'
+    assert os.listdir(tmp_path) == ['metrics.jsonl']
