@@ -81,7 +81,7 @@ def declarations(path):
 
 
 def parse(words, defaults):
-    """The command line as ([path of a config file], {key: value of its last flag})."""
+    """The command line as ([path of a config file], {key: value of its flag})."""
     where, files, flags, known = 'on the command line', [], {}, defaults | {'config_file': ''}
     while words:
         word = words.pop(0)
@@ -100,6 +100,8 @@ def parse(words, defaults):
         if type(known[key]) is not str:
             with contextlib.suppress(Exception):  # what is no literal stays text, and so of the wrong type
                 value = ast.literal_eval(value)
+        if key in flags:
+            raise SettingError(f'--{key} is given twice {where}: which one is meant?')
         flags |= checked({key: value}, known, where)
     return files, flags
 
@@ -120,7 +122,17 @@ def checked(values, known, where):
     return plain
 
 
+# What other projects call what we have
+OTHER_WORDS = {
+    'num_epochs': 'max_iters', 'epochs': 'max_iters', 'lr': 'learning_rate', 'embed_dim': 'n_embd',
+    'dim': 'n_embd', 'num_layers': 'n_layer', 'n_layers': 'n_layer', 'num_heads': 'n_head',
+    'n_heads': 'n_head', 'max_seq_len': 'block_size', 'max_tokens': 'max_new_tokens',
+    'data_dir': 'dataset', 'model_dir': 'out_dir', 'offline_mode': 'offline', 'prompt': 'start'}
+
+
 def nearest(name, names):
+    if OTHER_WORDS.get(name) in names:
+        return f'; did you mean {OTHER_WORDS[name]!r}?'
     return ''.join(f'; did you mean {match!r}?' for match in difflib.get_close_matches(name, names, 1))
 
 

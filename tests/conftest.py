@@ -35,7 +35,7 @@ def start(data, tmp_path):
     def run(*flags):
         words = [f'--dataset={data}', f'--out_dir={tmp_path}/out', '--eval_interval=4', '--max_iters=8']
         vars(train).update(before)
-        configure(vars(train), [*tiny.SETTINGS, *words, *flags], train.checkpoint_settings)
+        configure(vars(train), tiny.once([*tiny.SETTINGS, *words, *flags]), train.checkpoint_settings)
         train.main()
 
     yield run

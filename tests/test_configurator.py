@@ -99,7 +99,6 @@ def test_the_settings_are_the_plain_public_globals_of_the_script_itself(script):
     ('--max_iters 5', {'max_iters': 5}),
     ('--max_iters=5', {'max_iters': 5}),
     ('--max_iters -1', {'max_iters': -1}),
-    ('--max_iters 1 --max_iters=2', {'max_iters': 2}),
     ('--learning_rate 1', {'learning_rate': 1.0}),
     ('--compile True', {'compile': True}),
     ('--flash False', {'flash': False}),
@@ -136,6 +135,9 @@ def test_override(script, monkeypatch, argv, changed):
 @pytest.mark.parametrize(('argv', 'message'), [
     ('--max_iter 5',
      "unknown setting 'max_iter' on the command line; did you mean 'max_iters'? (--help lists all)\n"),
+    ('--lr 5', "unknown setting 'lr' on the command line; did you mean 'learning_rate'?"),
+    ('--n_heads 5', "unknown setting 'n_heads' on the command line (--help lists all)"),
+    ('--max_iters 1 --max_iters=2', '--max_iters is given twice on the command line'),
     ('--zzz 5', "unknown setting 'zzz' on the command line (--help lists all)"),
     ('--max_iters abc', "'max_iters' on the command line must be an int, not 'abc'"),
     ('--max_iters 1e3', "'max_iters' on the command line must be an int, not 1000.0"),

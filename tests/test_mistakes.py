@@ -142,7 +142,7 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, capfd, script, words, stat
     always = ['--device=cpu'] if '--init_from resume' in words else ALWAYS[script]
     for key, value in ('TIKTOKEN_CACHE_DIR', 'none'), ('HF_HOME', 'none'), ('HF_HUB_OFFLINE', '1'):
         monkeypatch.setenv(key, str(tmp_path / value))
-    monkeypatch.setattr(sys, 'argv', [script, *always, *shlex.split(words)])
+    monkeypatch.setattr(sys, 'argv', tiny.once([script, *always, *shlex.split(words)]))
     before = tree()
     with pytest.raises(SystemExit) as exit:
         runpy.run_path(str(tiny.ROOT / script), run_name='__main__')

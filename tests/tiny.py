@@ -46,7 +46,13 @@ def metrics(folder):
 # Scripts in processes forked from one that has imported what is slow
 
 forks = multiprocessing.get_context('forkserver')
-forks.set_forkserver_preload(['pytest', 'matplotlib.pyplot', 'torch._dynamo', 'torch.distributed'])
+forks.set_forkserver_preload(['pytest', 'matplotlib.figure', 'torch._dynamo', 'torch.distributed'])
+
+
+def once(words):
+    """The words without each --key=value that a later one overrides, as a flag may be given only once."""
+    keys = [word.split('=')[0] for word in words]
+    return [word for i, word in enumerate(words) if '=' not in word or keys[i] not in keys[i + 1:]]
 
 
 def run_script(words, folder, cwd, environment):
@@ -58,7 +64,7 @@ def run_script(words, folder, cwd, environment):
     import torch
 
     torch.set_num_threads(1)
-    sys.argv = words
+    sys.argv = once(words)
     sys.path[0:0] = [str(ROOT)]
     runpy.run_path(str(ROOT / words[0]), run_name='__main__')
 
