@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from checkpoint import FILES, load_checkpoint, load_model
 from configurator import configure, in_range, one_of
@@ -60,7 +61,8 @@ def read_start():
 
 
 def write_stories(model, tokenizer, begin, end, stream):
-    """Yield the text of `num_samples` stories; a lone one in growing parts if `stream`.
+    """Yield the text of `num_samples` stories, each once it and those before it are whole; a lone one in
+    growing parts, a line feed at its end, if `stream`. What was cut is told of on stderr after them.
 
     They begin with the text `begin` and, unless `end` is empty, end with that. A middle is written in sight
     of both, so it stops where the context does; a plain story goes on without the sight of its beginning.
@@ -78,20 +80,28 @@ def write_stories(model, tokenizer, begin, end, stream):
     ended = [False] * num_samples
     idx = torch.tensor([ids] * num_samples, device=next(model.parameters()).device)
     suppress = tokenizer.blank, tokenizer.middle
-    for tokens in generate(model, idx, limit, temperature, top_k, top_p, tokenizer.delimiter, suppress, seed,
-                           compile):
+    written = generate(model, idx, limit, temperature, top_k, top_p, tokenizer.delimiter, suppress, seed,
+                       compile)
+    shown = 0
+    for tokens in tqdm(written, 'writing', limit, leave=False, disable=stream or None, unit=' tokens'):
         for i, token in enumerate(tokens.tolist()):
             ended[i] = ended[i] or token == tokenizer.delimiter
             if not ended[i]:
                 rows[i].append(token)
         if stream:
             yield tokenizer.decode(rows[0])
+        while not stream and shown < num_samples and ended[shown]:
+            yield joined(tokenizer.decode(rows[shown]), end)
+            shown += 1
+    for row in rows[shown:]:
+        yield joined(tokenizer.decode(row), end) + '\n' * stream
     if not all(ended):
         print(f'{ended.count(False)} of {num_samples} stories were cut at {limited_by}', file=sys.stderr)
-    if end or not stream:
-        for text in map(tokenizer.decode, rows):
-            gap = ' ' if end and not text[-1:].isspace() else ''  # a middle that was cut ends in a word
-            yield text + gap + end
+
+
+def joined(text, end):
+    """A story and what it is to end with: a middle that was cut ends in a word."""
+    return text + (' ' if end and not text[-1:].isspace() else '') + end
 
 
 def print_growing(texts):
@@ -101,7 +111,6 @@ def print_growing(texts):
         text = text.rstrip('\N{REPLACEMENT CHARACTER}')  # a character whose last bytes are still to come
         print(text[len(shown):], end='', flush=True)
         shown = text
-    print()
 
 
 def main():
@@ -135,7 +144,7 @@ def main():
             print_growing(stories)
         else:
             for i, text in enumerate(stories):
-                print(('---\n' if i else '') + text)
+                tqdm.write(('---\n' if i else '') + text)  # above the bar
     except RuntimeError as error:
         if not (compile and isinstance(error, torch._dynamo.exc.TorchDynamoException)):
             raise

@@ -30,11 +30,14 @@ def asked(monkeypatch):
     return asked
 
 
-def test_a_story_ends_where_it_ends_though_others_go_on(asked, monkeypatch):
+def test_a_story_ends_and_is_shown_where_it_ends_though_others_go_on(monkeypatch):
     a, b, c = CHAR.encode('abc')[1:]
-    asked.rows = [a, 1, c, c, c], [b, b, b, 1, a], [c, c, c, c, c]
-    monkeypatch.setattr(sample, 'num_samples', 3)
-    assert list(sample.write_stories(MODEL, CHAR, 'c', '', stream=False)) == ['ca', 'cbbb', 'cccccc']
+    drawn, steps = [], zip((b, b, b, 1, a), (a, 1, c, c, c), (b, b, b, 1, c), (c, c, c, c, c), strict=True)
+    monkeypatch.setattr(sample, 'generate', lambda *_: (
+        drawn.append(step) or torch.tensor(step) for step in steps))
+    monkeypatch.setattr(sample, 'num_samples', 4)
+    shown = [(text, len(drawn)) for text in sample.write_stories(MODEL, CHAR, 'c', '', stream=False)]
+    assert shown == [('cbbb', 4), ('ca', 4), ('cbbb', 4), ('cccccc', 5)]
 
 
 def test_all_settings_reach_the_model(asked, monkeypatch):
@@ -121,7 +124,17 @@ def test_a_lone_story_grows_on_a_terminal(write, monkeypatch):
 
     monkeypatch.setattr(sample, 'generate', generate)
     monkeypatch.setattr(sys, 'stdout', terminal)
+    monkeypatch.setattr(sys, 'stderr', terminal)
     write(**ENDS, num_samples=1)
     terminal.flush()
     assert shown == [f'{FIRST} ', f'{FIRST} ', *2 * [f'{FIRST} \u00e9']]
     assert terminal.buffer.getvalue().decode() == f'{FIRST} \u00e9 {LAST}\n'
+
+
+def test_that_a_story_was_cut_is_told_after_it(write, asked, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding='utf-8', write_through=True)
+    for name in 'stdout', 'stderr':
+        monkeypatch.setattr(sys, name, terminal)
+    asked.rows = [CHAR.encode('ab')[1:]]
+    write(start='c', num_samples=1, max_new_tokens=2)
+    assert terminal.buffer.getvalue() == b'cab\n1 of 1 stories were cut at --max_new_tokens 2\n'
