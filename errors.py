@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import os
 import re
 import signal
@@ -22,6 +23,8 @@ class SettingError(UserError):
 def run(main):
     """Call `main()`: a mistake, an OSError or Ctrl-C ends in one line and a status, a bug in a traceback."""
     message = ''
+    if hasattr(sys.stdout, 'reconfigure'):  # a character that it has no code for is no reason to end
+        sys.stdout.reconfigure(errors='backslashreplace')
     try:
         main()
         print(end='', flush=True)  # a full disk or a closed pipe shows here at the latest
@@ -34,6 +37,10 @@ def run(main):
         status, message = 1, f'this needs a package: pip install {error.name}'
     except OSError as error:
         status, message = 1, ': '.join(map(str, filter(None, (error.filename, error.strerror or error))))
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        status, message = 1, 'out of memory'
     try:
         print(end='', flush=True)
     except OSError:  # what stdout will not take is dropped, or Python would complain of it once more at exit
@@ -67,7 +74,7 @@ def memory_told(advice):
 
 def out_of_memory(error):
     """Whether memory has run out: torch has one exception for CUDA and mere words for MPS and CPUs."""
-    words = "out of memory|can't allocate memory|not enough memory"
+    words = "out of memory|can't allocate memory|annot allocate memory|not enough memory"
     return isinstance(error, MemoryError) or bool(re.search(words, str(error)))
 
 
@@ -75,14 +82,15 @@ def out_of_memory(error):
 def reading(what, problem='is damaged or not what it should be'):
     """The door for what comes from outside: any error in here is one line, "WHAT PROBLEM: reason".
 
-    UserErrors pass as they are, and so does the want of a package.
+    UserErrors pass as they are, and so does the want of a package, of memory or of room on the disk.
     """
     try:
         yield
     except Exception as error:  # of one broken file, many libraries have many
         while error.__cause__:
             error = error.__cause__
-        if isinstance(error, (UserError, ModuleNotFoundError)):
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+        if full or out_of_memory(error) or isinstance(error, (UserError, ModuleNotFoundError)):
             raise error from None
         reason = ' '.join(str(error).split()) or type(error).__name__
         raise UserError(f'{what} {problem}: {reason[:300]}') from None

@@ -1,5 +1,6 @@
 """What ends a script: its status, its one line, and what a door makes of an error."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from tests.tiny import ROOT
     ("open('no_such/file')", 1, 'script.py: no_such/file: No such file or directory\n'),
     ("raise OSError('bad disk')", 1, 'script.py: bad disk\n'),
     ('import no_such_package', 1, 'script.py: this needs a package: pip install no_such_package\n'),
+    ('raise MemoryError', 1, 'script.py: out of memory\n'),
     ('raise KeyboardInterrupt', 130, ''),
     ('raise BrokenPipeError', 141, ''),
 ])
@@ -73,6 +75,20 @@ def test_want_of_memory_is_one_line(error):
         raise error
     with pytest.raises(RuntimeError, match='a bug'), memory_told('halve it'):
         raise RuntimeError('a bug')
+
+
+def test_a_character_that_stdout_has_no_code_for_is_no_end(monkeypatch):
+    monkeypatch.setenv('PYTHONIOENCODING', 'ascii')
+    done = python("from errors import run; run(lambda: print('\\ufffd'))", subprocess.PIPE)
+    assert (done.returncode, done.stdout) == (0, '\\ufffd\n')
+
+
+@pytest.mark.parametrize('error', [
+    OSError(errno.ENOSPC, 'full'), MemoryError(), OSError(errno.ENOMEM, 'Cannot allocate memory')])
+def test_want_of_room_is_no_damage(error):
+    with pytest.raises(type(error)) as raised, reading('f.bin'):
+        raise error
+    assert raised.value is error
 
 
 def test_a_worker_leaves_ctrl_c_to_its_parent():
