@@ -18,7 +18,7 @@ from checkpoint import FILES, load_checkpoint, load_model
 from configurator import configure, one_of
 from data.tokenizer import tokenizer_from_state
 from errors import SettingError, UserError, run
-from formats.gguf import GGUF
+from formats.gguf import GGUF, is_gguf
 from formats.hf import HuggingFace
 from formats.llama2c import Llama2c
 from formats.safetensors import Safetensors
@@ -46,6 +46,8 @@ def check_settings(formats):
         raise SettingError(f'path is empty: type --path and a {kind} to write')
     if os.path.exists(path) and there != bool(files):
         raise SettingError(f'path {path} is no {kind}, and --format {format} writes a {kind}')
+    if os.path.isfile(path) and not is_gguf(path):
+        raise SettingError(f'path {path} is another file than an export: name a new one')
     if there and (others := set(os.listdir(path)) - set(files)):  # could be taken for parts of the model
         raise SettingError(f'path {path} holds other files ({min(others)} ...): name a new folder')
 

@@ -98,6 +98,12 @@ class GGUF(base.Format):
             return json.load(answer)
 
 
+def is_gguf(path):
+    """Whether that file is one, by its first bytes."""
+    with open(path, 'rb') as file:
+        return file.read(4) == b'GGUF'
+
+
 def describe(tokenizer):
     """What the file says of a tokenizer: {the end of the name of a GGUFWriter's method: value}."""
     pieces = pieces_of(tokenizer)

@@ -121,6 +121,7 @@ TABLE += [  # (script, its words, exit status, what its line holds, *what is mad
     (EXPORT, '', 1, 'out/best.pt --out_dir'),
     (EXPORT, '--format safetensors --path file', 2, 'file folder', wrote('file', '')),
     (EXPORT, '--path data', 2, 'data file'),
+    (EXPORT, '--path s.txt', 2, 's.txt another new', wrote('s.txt', 'GG')),
     (EXPORT, '--format llama2c --path data', 2, 'data other new'),
     (BENCH, '--peer data', 2, 'data checkout'),
     (BENCH, '--what time_to_loss --text data/meta.json', 2, '--text --peer'),
