@@ -17,6 +17,7 @@ from data import infill
 from data.shards import read_meta
 from data.tiny_stories import prepare
 from data.tokenizer import CharTokenizer, load_tokenizer
+from errors import UserError
 from tests.hub import Hub
 from tests.tiny import ROOT, script
 
@@ -147,8 +148,9 @@ def test_single_document_is_split_by_position_and_stays_plain(tmp_path, prepared
     path = tmp_path / 's.txt'
     path.write_bytes(b'\xef\xbb\xbf' + text.encode())  # a byte order mark is no text
     cut = int(0.9 * len(text))
-    assert prepared(path, infill_rate=1.0) == {'train': [text[:cut]], 'val': [text[cut:]]}
-    assert read_meta(tmp_path / 'out')['splits']['train']['infilled'] == 0
+    assert prepared(path) == {'train': [text[:cut]], 'val': [text[cut:]]}
+    with pytest.raises(UserError, match=r's.txt can be infilled: leave out --infill_rate'):
+        prepared(path, infill_rate=1.0)
     found = prepared(path, data_percentage=10.0)
     assert found == {'train': [text[:cut // 10]], 'val': [text[cut:][:(len(text) - cut) // 10]]}
 

@@ -109,10 +109,9 @@ def map_piece(rows, stories, function, columns, cache, arguments):
 
 
 def each_piece(stories, rows, function, columns, cache, **arguments):
-    """Yields the results of stories.map(function) for these rows, of about 16 MB of stories at a time: what a
+    """Yields the results of stories.map(function) for these rows, about 16 MB of stories at a time: what a
     process reads of a mapped file counts as its memory. The processes are not those of `map`, which waits
-    forever for one that the system has killed, and leaves them behind when it is killed itself.
-    columns: {name: type} of the results; cache: the folder for their files."""
+    forever for one that is killed. columns: {name: type} of the results; cache: a folder for their files."""
     from datasets import Dataset
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
@@ -203,6 +202,8 @@ def main():
         rate = infill_rate if len(stories) > 2 else 0.0  # a document, divided, stays plain
         splits = {split: write_shards(split, stories, *chosen, enc, rate, new, cache)
                   for split, chosen in used.items()}
+        if infill_rate and not splits['train']['infilled']:
+            raise UserError(f'no story of {source} can be infilled: leave out --infill_rate')
         enc.save(new)
         meta = enc.about() | {'source': source, 'infill_rate': infill_rate, 'splits': splits}
         (new / 'meta.json').write_text(json.dumps(meta, indent=1) + '\n', encoding='utf-8')
