@@ -21,13 +21,14 @@ PEAK_FLOPS = {'B200': 2250e12, 'H200': 989e12, 'H100': 989e12, 'H100 NVL': 835e1
 
 def choose_device(name, local_rank=0, world_size=1):
     """The torch.device for a `device` setting: 'auto' is CUDA, then MPS, then CPU. Raises SettingError."""
+    has_mps = world_size == 1 and torch.backends.mps.is_available()  # ranks cannot talk there
     if name == 'auto':
-        name = 'cuda' if find_cuda(local_rank) else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    if not re.fullmatch(r'cpu|cuda(:\d+)?|mps', name):
+        name = 'cuda' if find_cuda(local_rank) else 'mps' if has_mps else 'cpu'
+    if not re.fullmatch(r'cpu|cuda(:\d{1,3})?|mps', name):
         raise SettingError(f'device {name!r} is not auto, cpu, cuda, cuda:N or mps')
     device = torch.device(name)
-    if device.type == 'mps' and not torch.backends.mps.is_available():
-        raise SettingError('device mps: this machine has none; use --device cpu or auto')
+    if name == 'mps' and not has_mps:
+        raise SettingError('device mps: this machine has none, or not for several ranks; use --device cpu')
     if device.type != 'cuda':
         return device
     if device.index is not None and world_size > 1:
@@ -68,8 +69,7 @@ def autocast(device, dtype):
 
 
 def keep_memory():
-    """Have glibc keep the memory of freed tensors: it would give large blocks back to the system at once, and
-    each step would pay page faults to have them again."""
+    """Have glibc keep the memory of freed tensors: given back at once, it costs each step its page faults."""
     libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
     if hasattr(libc, 'mallopt'):
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own

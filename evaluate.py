@@ -52,7 +52,7 @@ def evaluate(score_model, split, block_size, batch_size, infill=((), ()), max_ba
         else:
             x, y = padded(infill[kind - 1][first:first + batch_size], batch_size, block_size)
         x, y = to_device((x, y), device)
-        sums[kind] += torch.stack((*score_model(x, y), (y >= 0).sum())).to(sums)
+        sums[kind] += torch.stack((*score_model(x, y), (y >= 0).sum())).to(sums.device).double()
     if world_size > 1:
         dist.all_reduce(sums)
     if sums[3].any():

@@ -97,7 +97,8 @@ def check_settings():
              gradient_accumulation_steps=gradient_accumulation_steps, eval_interval=eval_interval,
              log_interval=log_interval)
     in_range(at_least=0, learning_rate=learning_rate, warmup_iters=warmup_iters, weight_decay=weight_decay,
-             grad_clip=grad_clip, eval_iters=eval_iters, seed=seed)
+             grad_clip=grad_clip, eval_iters=eval_iters)
+    in_range(at_least=0, below=2**63, seed=seed)
     in_range(at_least=0, below=1, beta1=beta1, beta2=beta2)
     one_of(('muon', 'adamw'), optimizer=optimizer)
     one_of(('auto', 'True', 'False'), compile=compile)
@@ -193,8 +194,9 @@ def go_on(checkpoint, model, optimizers, scaler, data):
 
     Raises SettingError where the model or the data are not those that it had.
     """
-    for name, before in checkpoint['config'].items():
-        now = getattr(model.config, name)
+    before_now = checkpoint['config'] | {'optimizer': checkpoint['settings'].get('optimizer', optimizer)}
+    for name, before in before_now.items():
+        now = getattr(model.config, name, optimizer)
         if now != before:
             raise SettingError(f'{name} is {now}, but {out_dir}/ckpt.pt has {before}: leave it out to go on '
                                'with the run, or name another --out_dir for a new one')
@@ -202,6 +204,8 @@ def go_on(checkpoint, model, optimizers, scaler, data):
         raise SettingError(f"the data in {dataset} is not what this run was trained on (fingerprint "
                            f"{data[:12]}, the run's {checkpoint['fingerprint'][:12]}): prepare it as before, "
                            'or name another --out_dir')
+    if checkpoint['iter'] > max_iters:
+        raise SettingError(f"max_iters is {max_iters}, but {out_dir}/ckpt.pt is at step {checkpoint['iter']}")
     model.load_state_dict(checkpoint['model'])
     if checkpoint['scaler']:  # else the run was not in float16 so far
         scaler.load_state_dict(checkpoint['scaler'])
@@ -221,10 +225,11 @@ def make_checkpoint(model, optimizers, scaler, tokenizer, meta, it, best_val_los
 
 def less_memory():
     """What to type for the same batches in less memory."""
-    factor = next((n for n in range(2, batch_size + 1) if batch_size % n == 0), 0)
-    return (f'type --batch_size {batch_size // factor} --gradient_accumulation_steps '
-            f'{gradient_accumulation_steps * factor}, which is the same' if factor else
-            'take a smaller model or --block_size')
+    total = batch_size * gradient_accumulation_steps
+    at_once = min(batch_size, total // ranks()[2])  # sequences on a rank
+    fewer = next((at_once // n for n in range(2, at_once + 1) if at_once % n == 0), 0)
+    return (f'type --batch_size {fewer} --gradient_accumulation_steps {total // fewer}: the same batches'
+            if fewer else 'take a smaller model or --block_size')
 
 
 def main():
@@ -316,6 +321,7 @@ def main():
         if scaler.is_enabled() and not grad_norm.isfinite():  # clipping has spread it to all gradients
             skipped += 1
             scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
+            scaler.load_state_dict(scaler.state_dict() | {'_growth_tracker': 0})  # no growth soon
         else:
             for opt in optimizers:
                 opt.step()  # not by the scaler, which would look at each optimizer's gradients again
@@ -324,7 +330,8 @@ def main():
         figures = torch.stack((loss, grad_norm, torch.full_like(loss, bool(caught))))
         if world_size > 1:  # all ranks stop at the same step
             dist.all_reduce(figures)
-        loss, grad_norm, stopping = (figures / world_size).tolist()  # only here a GPU is waited for
+        # here, and in float16 above, the processor waits for a GPU
+        loss, grad_norm, stopping = (figures / world_size).tolist()
         if not math.isfinite(loss) or not (math.isfinite(grad_norm) or scaler.get_scale() > 1):
             raise UserError(f'step {it}: the loss is {loss}, the gradient norm {grad_norm}; the last good '
                             f'weights are in {out_dir}/ckpt.pt. Go on with a lower --learning_rate or '

@@ -22,6 +22,11 @@ def test_each_rank_has_its_own_gpu(monkeypatch):
     with pytest.raises(SettingError, match='has 4 CUDA devices'):
         choose_device('cuda', 4)
     assert choose_device('cpu', 2) == torch.device('cpu')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
+    assert [choose_device('auto', 0, ranks).type for ranks in (1, 2)] == ['mps', 'cpu']
+    with pytest.raises(SettingError, match=r'device mps: .* use --device cpu'):
+        choose_device('mps', 0, 2)
     with pytest.raises(SettingError, match='2 processes need a GPU each; use --device cuda'):
         choose_device('cuda:1', 1, 2)
 

@@ -14,7 +14,7 @@ import train
 from checkpoint import load_checkpoint, write_whole
 from configurator import configure, settings
 from data.tokenizer import CharTokenizer
-from errors import UserError
+from errors import SettingError, UserError
 from model import GPT, GPTConfig
 from tests.tiny import ROOT, metrics, script
 
@@ -170,8 +170,18 @@ def test_an_overflow_changes_nothing_but_the_scale(quick, tmp_path, monkeypatch,
     overflow, after, later = states[1:]
     torch.testing.assert_close(after, overflow, rtol=0, atol=0)
     assert not torch.equal(later[0][0], after[0][0])
-    assert load_checkpoint(tmp_path / 'out' / 'ckpt.pt')['scaler']['scale'] == 2.0**15
+    scaler = load_checkpoint(tmp_path / 'out' / 'ckpt.pt')['scaler']
+    assert (scaler['scale'], scaler['_growth_tracker']) == (2.0**15, 2)  # two good steps since
     assert [line['iter'] for line in metrics(tmp_path / 'out')] == [0, 0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize('flag, message', [
+    ('--max_iters=1', 'max_iters is 1, but .*ckpt.pt is at step 2'),
+    ('--optimizer=muon', 'optimizer is muon, but .*ckpt.pt has adamw')])
+def test_a_run_does_not_go_on_as_another(quick, flag, message):
+    quick([3.0, 3.0], '--max_iters=2')
+    with pytest.raises(SettingError, match=message):
+        quick([3.0, 3.0], '--init_from=resume', '--max_iters=2', flag)
 
 
 @pytest.mark.parametrize('before, after', [
@@ -233,9 +243,12 @@ def test_a_failed_compile_is_told_once_and_leaves_nothing(given, monkeypatch, ca
     (8, 3, '--batch_size 4 --gradient_accumulation_steps 6'), (1, 4, '--block_size'),
     (9, 1, '--batch_size 3 --gradient_accumulation_steps 3'),
     (7, 1, '--batch_size 1 --gradient_accumulation_steps 7')])
-def test_the_same_batches_in_less_memory(given, batch, steps, advice):
+def test_the_same_batches_in_less_memory(given, monkeypatch, batch, steps, advice):
     given(batch_size=batch, gradient_accumulation_steps=steps)
     assert advice in train.less_memory()
+    monkeypatch.setenv('WORLD_SIZE', '8')
+    given(batch_size=32, gradient_accumulation_steps=1)  # of these a rank has 4 at once
+    assert '--batch_size 2 --gradient_accumulation_steps 16' in train.less_memory()
 
 
 def test_a_rank_has_its_own_device_and_each_of_its_steps_its_own_dropout(quick, monkeypatch):
