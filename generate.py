@@ -98,7 +98,7 @@ def sample_token(logits, temperature, top_k, top_p, generator):
     """Draw one token id a row from logits (B, V); returns (B,)."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits, kept = logits / temperature, None
+    logits, kept = (logits - logits.amax(-1, keepdim=True)) / temperature, None  # however small that is
     if 0 < top_k < logits.size(-1):
         logits, kept = logits.topk(top_k)
     probs = logits.softmax(-1)

@@ -16,7 +16,7 @@ from checkpoint import FILES, load_checkpoint, load_model
 from configurator import configure, in_range, one_of
 from data import infill
 from data.tokenizer import tokenizer_from_state
-from device import choose_device, choose_dtype, keep_memory
+from device import DTYPES, choose_device, choose_dtype, keep_memory
 from errors import SettingError, UserError, memory_told, run
 from generate import generate
 from quantize import to_int8
@@ -41,8 +41,10 @@ compile = False  # compile the step from token to token, half a minute: on a GPU
 def check_settings():
     """Refuse what no sample can mean. Raises SettingError."""
     one_of(FILES, ckpt=ckpt)
+    one_of(('auto', *DTYPES, 'int8'), dtype=dtype)
     in_range(at_least=1, num_samples=num_samples, max_new_tokens=max_new_tokens)
-    in_range(at_least=0, temperature=temperature, top_k=top_k, seed=seed)
+    in_range(at_least=0, temperature=temperature, top_k=top_k)
+    in_range(at_least=0, below=2**63, seed=seed)
     in_range(above=0, at_most=1, top_p=top_p)
     if bool(first_sentence.strip()) != bool(last_sentence.strip()):
         raise SettingError('a middle needs both ends: type --first_sentence "..." and --last_sentence "..."')
@@ -55,7 +57,7 @@ def read_start():
     if not start.startswith('FILE:'):
         return start
     try:
-        return Path(start[5:]).read_text(encoding='utf-8')
+        return Path(start[5:]).read_text(encoding='utf-8-sig')
     except UnicodeDecodeError as error:
         raise UserError(f'{start[5:]} is not UTF-8 text ({error.reason} at byte {error.start})') from None
 

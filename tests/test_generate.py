@@ -87,3 +87,8 @@ def test_sample_token_draws_from_the_smallest_set_in_proportion(size, settings):
     counts = torch.bincount(drawn, minlength=size)
     assert (counts[expected == 0] == 0).all()
     assert (counts - 50_000 * expected).square().sum() < 50_000 * 1.3  # 1 - sum(p^2) is its mean
+
+
+def test_the_lowest_temperature_draws_the_likeliest():
+    logits = torch.tensor([[3.0, 5.0, 4.0]])
+    assert sample_token(logits, 1e-39, 0, 1.0, torch.Generator()).item() == 1
