@@ -89,7 +89,7 @@ def load_files(paths, cache, split):
         for stories in read_texts(texts):
             writer.write_batch(pyarrow.record_batch([stories], schema))
     yield datasets.Dataset.from_file(arrow)
-    for path in sorted(set(paths) - set(texts)):
+    for path in sorted(path for path in set(paths) - set(texts) if path.stat().st_size):
         kind = 'parquet' if path.suffix.lower() == '.parquet' else 'json'
         with reading(path):
             yield datasets.load_dataset(kind, data_files=str(path), cache_dir=str(cache), split='train')

@@ -101,6 +101,8 @@ TABLE += [  # (script, its words, exit status, what its line holds, *what is mad
     (PREPARE, '--source empty', 1, 'empty .txt', lambda: os.mkdir('empty')),
     (PREPARE, '', 1, 's.txt no stories blank', wrote('s.txt', f' \n{END}\n\n{END}')),
     (PREPARE, '', 1, 's.txt stories', wrote('s.txt', 'x')),
+    (PREPARE, '--source s.jsonl', 1, 's.jsonl holds no stories', wrote('s.jsonl', '')),
+    (PREPARE, '--source s.json', 1, 's.json no data', wrote('s.json', '[]')),
     (PREPARE, '', 1, 's.txt one story', wrote('s.txt', f'one{END}one{END}')),
     (PREPARE, '--source s', 1, 's/b.txt utf-8', wrote('s/a.txt', 'A.'), wrote('s/b.txt', b'\xff')),
     (PREPARE, '--source s', 1, 's/b.jsonl JSON', wrote('s/a.jsonl', '{"text": "A."}'),

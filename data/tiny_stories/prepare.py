@@ -137,8 +137,9 @@ def choose(loaded, cache):
     equal ones are in one split, and a smaller share is part of a larger one, whatever the order.
     Raises UserError where there are not stories for both splits."""
     from datasets import concatenate_datasets
-
     stories = concatenate_datasets([*loaded.values()])
+    if not len(stories):
+        raise UserError(f'{source} holds no stories')
     columns = {'split': 'uint64', 'share': 'uint64', 'bytes': 'int64'}
     tables = [piece.with_format('arrow')[:]
               for piece in each_piece(stories, np.arange(len(stories)), look, columns, cache)]
@@ -219,10 +220,9 @@ def main():
         print(f'for infilling: {infilled:,}; {too_short:,} chosen but plain, as shorter than three sentences')
     print(f'tokens: {tokens:,} of {size / tokens:.2f} bytes each ({enc.encoding}, {enc.vocab_size:,} ids)')
     print(f'text: {size / 1e6:.1f} MB in {seconds:.1f} s, {size / 1e6 / seconds:.1f} MB/s')
-    names = ['quickstart'] * (source == 'sample') + ['infill'] * (infill_rate > 0)
-    recipe = f" config/{'_'.join(names)}.py" if names else ''
+    recipe = '_'.join(['quickstart'] * (source == 'sample') + ['infill'] * (infill_rate > 0))
     dataset = '' if folder.resolve() == _HERE else f' --dataset {shlex.quote(str(folder))}'
-    print(f'next: python train.py{recipe}{dataset}')
+    print(f"next: python train.py{recipe and f' config/{recipe}.py'}{dataset}")
 
 
 if __name__ == '__main__':
