@@ -118,8 +118,8 @@ class RunFolder:
                 for name in FILES['best'], 'loss.png':
                     (self.path / name).unlink(missing_ok=True)
             records = [record for record in self.records() if record['iter'] < checkpoint['iter']]
-            (self.path / 'metrics.tmp').write_text(''.join(json.dumps(record) + '\n' for record in records))
-            (self.path / 'metrics.tmp').replace(self.path / 'metrics.jsonl')
+            lines = ''.join(json.dumps(record) + '\n' for record in records).encode()
+            write_whole(self.path / 'metrics.jsonl', lambda file: file.write(lines))
 
     def records(self):
         """The lines of metrics.jsonl, a list of dicts."""
@@ -151,10 +151,10 @@ class RunFolder:
             if len(self.records()) == 1:  # told once
                 print('no loss.png is drawn: pip install matplotlib', file=sys.stderr)
             return
-        axes = Figure().subplots()
+        axes, records = Figure().subplots(), self.records()
         for key, label in ('loss', 'training'), ('val_loss', 'validation'):
-            records = [record for record in self.records() if key in record]
-            axes.plot([line['iter'] for line in records], [line[key] for line in records], label=label)
+            lines = [record for record in records if key in record]
+            axes.plot([line['iter'] for line in lines], [line[key] for line in lines], label=label)
         axes.set(xlabel='step', ylabel='loss (nats per token)')
         axes.legend()
         axes.figure.savefig(self.path / 'loss.png')
