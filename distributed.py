@@ -11,11 +11,12 @@ import warnings
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from errors import out_of_memory
+
 
 def ranks():
     """(rank, local rank, world size), as torchrun tells them; (0, 0, 1) without it."""
-    return tuple(int(os.environ.get(name, alone)) for name, alone in (
-        ('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+    return [int(os.environ.get(*default)) for default in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1))]
 
 
 def join_ranks(model, device):
@@ -66,7 +67,7 @@ def lost_ranks_told(out_dir):
     try:
         yield
     except RuntimeError as error:  # for gloo torch has no class of its own
-        if not (isinstance(error, dist.DistError) or 'gloo' in str(error)):
+        if out_of_memory(error) or not (isinstance(error, dist.DistError) or 'gloo' in str(error)):
             raise
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which torchrun ends those that hang
         if ranks()[0] < 2:  # rank 0, and one more as rank 0 may have ended

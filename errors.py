@@ -20,8 +20,11 @@ class SettingError(UserError):
     status = 2
 
 
-def run(main):
-    """Call `main()`: a mistake, an OSError or Ctrl-C ends in one line and a status, a bug in a traceback."""
+def run(main, less_memory=''):
+    """Call `main()`: a mistake, an OSError or Ctrl-C ends in one line and a status, a bug in a traceback.
+
+    less_memory: what to do where memory runs out.
+    """
     message = ''
     if hasattr(sys.stdout, 'reconfigure'):  # a character that it has no code for is no reason to end
         sys.stdout.reconfigure(errors='backslashreplace')
@@ -40,7 +43,7 @@ def run(main):
     except Exception as error:
         if not out_of_memory(error):
             raise
-        status, message = 1, 'out of memory'
+        status, message = 1, ': '.join(filter(None, ('out of memory', less_memory)))
     try:
         print(end='', flush=True)
     except OSError:  # what stdout will not take is dropped, or Python would complain of it once more at exit
@@ -59,17 +62,6 @@ def be_a_worker():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if sys.platform == 'linux':
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-@contextlib.contextmanager
-def memory_told(advice):
-    """One line with this advice where memory runs out."""
-    try:
-        yield
-    except Exception as error:
-        if not out_of_memory(error):
-            raise
-        raise UserError(f'out of memory: {advice}') from None
 
 
 def out_of_memory(error):

@@ -17,7 +17,7 @@ from configurator import configure, in_range, one_of
 from data import infill
 from data.tokenizer import tokenizer_from_state
 from device import DTYPES, choose_device, choose_dtype, keep_memory
-from errors import SettingError, UserError, memory_told, run
+from errors import SettingError, UserError, run
 from generate import generate
 from quantize import to_int8
 
@@ -155,4 +155,4 @@ def main():
 
 if __name__ == '__main__':
     configure(globals())
-    run(memory_told('write fewer stories at once (--num_samples), or with --dtype bfloat16')(main))
+    run(main, 'write fewer stories at once (--num_samples), or with --dtype bfloat16')

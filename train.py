@@ -30,7 +30,7 @@ from data.shards import Batches, Split, fingerprint
 from data.tokenizer import load_tokenizer
 from device import autocast, choose_device, choose_dtype, keep_memory, peak_flops, to_device
 from distributed import join_ranks, leave_ranks, lost_ranks_told, ranks, resume_command, watch_signals
-from errors import SettingError, UserError, memory_told, out_of_memory, run
+from errors import SettingError, UserError, out_of_memory, run
 from evaluate import evaluate, infill_rows, score
 from formats import load_pretrained
 from generate import generate
@@ -194,12 +194,12 @@ def go_on(checkpoint, model, optimizers, scaler, data):
 
     Raises SettingError where the model or the data are not those that it had.
     """
-    before_now = checkpoint['config'] | {'optimizer': checkpoint['settings'].get('optimizer', optimizer)}
-    for name, before in before_now.items():
-        now = getattr(model.config, name, optimizer)
-        if now != before:
-            raise SettingError(f'{name} is {now}, but {out_dir}/ckpt.pt has {before}: leave it out to go on '
-                               'with the run, or name another --out_dir for a new one')
+    now = asdict(model.config) | {'optimizer': optimizer}
+    before = checkpoint['config'] | {'optimizer': checkpoint['settings'].get('optimizer', optimizer)}
+    for name in before:
+        if now[name] != before[name]:
+            raise SettingError(f'{name} is {now[name]}, but {out_dir}/ckpt.pt has {before[name]}: leave it '
+                               'out to go on with the run, or name another --out_dir for a new one')
     if checkpoint['fingerprint'] != data:
         raise SettingError(f"the data in {dataset} is not what this run was trained on (fingerprint "
                            f"{data[:12]}, the run's {checkpoint['fingerprint'][:12]}): prepare it as before, "
@@ -367,4 +367,4 @@ def main():
 
 if __name__ == '__main__':
     configure(globals(), base=checkpoint_settings)
-    run(lost_ranks_told(out_dir)(memory_told(less_memory())(main)))
+    run(lost_ranks_told(out_dir)(main), less_memory())

@@ -113,6 +113,7 @@ def test_a_rank_that_dies_takes_the_run_down(data, tmp_path):
 
 @pytest.mark.parametrize('end, said', [
     (None, ''), (UserError('nan'), ''), (SystemExit(130), ''), (ZeroDivisionError(), ''),
+    (dist.DistBackendError('NCCL error: out of memory'), ''),  # which `run` tells of
     (dist.DistBackendError('NCCL error in: x.cpp:94, unhandled cuda error\nmore'), 'unhandled cuda error; '),
     (RuntimeError('[gloo/tcp/pair.cc] Connection closed by peer'), 'Connection closed by peer; what was')])
 def test_every_end_leaves_the_group_and_a_failed_exchange_is_one_line(monkeypatch, capsys, end, said):

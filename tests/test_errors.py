@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from errors import SettingError, UserError, memory_told, reading, run
+from errors import SettingError, UserError, reading, run
 from tests.tiny import ROOT
 
 
@@ -70,11 +70,17 @@ def test_a_reader_that_has_gone_is_no_error_and_a_full_disk_is_one_line():
     RuntimeError('MPS backend out of memory (MPS allocated: 17 GB)'),
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes."),
     RuntimeError('[enforce fail] DefaultCPUAllocator: not enough memory: you tried 9 bytes.')])
-def test_want_of_memory_is_one_line(error):
-    with pytest.raises(UserError, match=r'^out of memory: halve it$'), memory_told('halve it'):
+def test_want_of_memory_is_one_line(monkeypatch, capsys, error):
+    def main():
         raise error
-    with pytest.raises(RuntimeError, match='a bug'), memory_told('halve it'):
-        raise RuntimeError('a bug')
+
+    monkeypatch.setattr(sys, 'argv', ['some/script.py'])
+    with pytest.raises(SystemExit) as exit:
+        run(main, 'halve it')
+    assert (exit.value.code, capsys.readouterr().err) == (1, 'script.py: out of memory: halve it\n')
+    error = RuntimeError('a bug')
+    with pytest.raises(RuntimeError, match='a bug'):
+        run(main, 'halve it')
 
 
 def test_a_character_that_stdout_has_no_code_for_is_no_end(monkeypatch):
