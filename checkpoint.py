@@ -1,8 +1,8 @@
 """A run's folder: checkpoints written atomically and read in one place, metrics, what there is to go on with.
 
 A checkpoint is a dict: 'model' (weights), 'config' (of the model), 'tokenizer' (its state), 'settings' (of
-train.py), 'iter' (steps done), 'best_val_loss', 'optimizers', 'scaler', 'fingerprint' (of the data) and
-'infill_rate'. It holds tensors and plain values only, so that reading a stranger's runs no code.
+train.py), 'iter' (steps done), 'best_val_loss', 'best_iter', 'optimizers', 'scaler', 'fingerprint' (of the
+data) and 'infill_rate'. It holds tensors and plain values only, so that reading a stranger's runs no code.
 """
 
 import contextlib
@@ -38,9 +38,7 @@ def written(path):
 
 def write_whole(path, write):
     """write(file) to `path`, whole or not at all: what was there stays until the new file is on disk.
-
-    Raises UserError where the disk does not take it.
-    """
+    Raises UserError where the disk does not take it."""
     temporary = path.with_name(path.name + '.tmp')
     try:
         with written(path), open(temporary, 'wb') as file:
@@ -98,7 +96,7 @@ def load_model(checkpoint, device='cpu'):
 
 
 class RunFolder:
-    """The `out_dir` of a run that trains: ckpt.pt (last), best.pt, metrics.jsonl and loss.png."""
+    """The `out_dir` of a run that trains: ckpt.pt (last), best.pt, ckpt_STEP.pt, metrics.jsonl, loss.png."""
 
     def __init__(self, path, resume=False, overwrite=False):
         """Raises SettingError where it holds a run that nobody has said to go on with or to replace."""
@@ -115,8 +113,8 @@ class RunFolder:
                 left.unlink()
             if not self.resume:
                 self.save(checkpoint)
-                for name in FILES['best'], 'loss.png':
-                    (self.path / name).unlink(missing_ok=True)
+                for old in (self.path / FILES['best'], self.path / 'loss.png', *self.path.glob('ckpt_*.pt')):
+                    old.unlink(missing_ok=True)
             records = [record for record in self.records() if record['iter'] < checkpoint['iter']]
             lines = ''.join(json.dumps(record) + '\n' for record in records).encode()
             write_whole(self.path / 'metrics.jsonl', lambda file: file.write(lines))
@@ -135,13 +133,14 @@ class RunFolder:
         with written(self.path), open(self.path / 'metrics.jsonl', 'a') as file:
             file.write(json.dumps(values) + '\n')
 
-    def save(self, checkpoint, best=False):
-        """Save the last checkpoint, and if it is the best one, that too."""
-        path = self.path / FILES['best' if best else 'last']
-        write_whole(path, partial(torch.save, checkpoint))
-        if best:  # it came first, as the last one says how good the best one is
-            with open(path, 'rb') as file:
-                write_whole(self.path / FILES['last'], partial(shutil.copyfileobj, file))
+    def save(self, checkpoint, best=False, keep=False):
+        """Save the last checkpoint, if it is the best one that too, and one to keep as ckpt_STEP.pt too."""
+        # the last one comes last, as it says how good the best one is
+        names = [FILES['best']] * best + [f"ckpt_{checkpoint['iter']}.pt"] * keep + [FILES['last']]
+        write_whole(self.path / names[0], partial(torch.save, checkpoint))
+        for name in names[1:]:
+            with open(self.path / names[0], 'rb') as file:
+                write_whole(self.path / name, partial(shutil.copyfileobj, file))
 
     def plot(self):
         """Draw the losses of metrics.jsonl as loss.png, if there is matplotlib."""

@@ -124,7 +124,7 @@ def checked(values, known, where):
 
 # What other projects call what we have
 OTHER_WORDS = {
-    'num_epochs': 'max_iters', 'epochs': 'max_iters', 'lr': 'learning_rate', 'embed_dim': 'n_embd',
+    'num_epochs': 'max_epochs', 'epochs': 'max_epochs', 'lr': 'learning_rate', 'embed_dim': 'n_embd',
     'dim': 'n_embd', 'num_layers': 'n_layer', 'n_layers': 'n_layer', 'num_heads': 'n_head',
     'n_heads': 'n_head', 'max_seq_len': 'block_size', 'max_tokens': 'max_new_tokens',
     'data_dir': 'dataset', 'model_dir': 'out_dir', 'offline_mode': 'offline', 'prompt': 'start'}

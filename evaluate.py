@@ -24,46 +24,48 @@ def score(model, idx, targets):
     return loss, hits
 
 
-def evaluate(score_model, split, block_size, batch_size, infill=((), ()), max_batches=0, device='cpu',
-             rank=0, world_size=1, stopped=lambda: False):
+def evaluate(score_model, split, block_size, batch_size, infill=((), ()), train=None, max_batches=0,
+             device='cpu', rank=0, world_size=1, stopped=lambda: False):
     """Evaluate over a whole split, its short tail included, or its first max_batches batches; ranks share it.
 
-    score_model: `score` of a model in evaluation mode, which takes (idx, targets).
-    infill: the `infill_rows` of the split, for those two losses.
+    score_model: `score` of a model in evaluation mode, which takes (idx, targets). infill: `infill_rows` of
+    the split. train: the Split for training, of which a fixed sample is looked at too, windows spread evenly
+    over it, a batch for four of the others: a fifth of the work, but at least a batch.
     Returns {'val_loss': nats per token, 'val_ppl': perplexity, 'val_bpb': bits per UTF-8 byte of the stories,
-    'val_acc': share of tokens predicted}, or None where stopped() became true on any rank. Where there are
-    infill rows, there are 'val_infill_loss', nats per token of the middles alone, and, as a check that the
-    end is looked at, 'val_infill_loss_shuffled', with another story's last sentence in its place.
+    'val_acc': share of tokens predicted}, of `train` 'train_loss' and 'train_acc', of the infill rows
+    'val_infill_loss', nats per token of the middles alone, and, as a check that the end is looked at,
+    'val_infill_loss_shuffled', with another story's last sentence; None where stopped() came true anywhere.
     """
-    lengths = [math.ceil((split.n_tokens - 1) / block_size), *map(len, infill)]
-    limit = max_batches or math.inf
-    batches = [(kind, first) for kind, length in enumerate(lengths)
-               for first in range(0, min(length, limit * batch_size), batch_size)]
-    # of the split, its middles, and those after a shuffled end: loss, hits, targets; last, whether it stopped
+    kinds = [(split.windows, range(math.ceil((split.n_tokens - 1) / block_size))),
+             *((padded, rows) for rows in infill)]
+    batches = [(kind, read, rows[first:first + batch_size]) for kind, (read, rows) in enumerate(kinds)
+               for first in range(0, min(len(rows), (max_batches or math.inf) * batch_size), batch_size)]
+    if train:
+        n, last = max(1, len(batches) // 4), (train.n_tokens - 1) // block_size - 1
+        spread = np.unique(np.linspace(0, last, n * batch_size, dtype=int))
+        batches += [(3, train.windows, rows) for rows in np.array_split(spread, n)]
+    # a row for each kind of batch, loss, hits, targets; and one for whether it stopped
     device = torch.device(device)  # mps has no float64
-    sums = torch.zeros(4, 3, dtype=torch.float64, device='cpu' if device.type == 'mps' else device)
-    for kind, first in batches[rank::world_size]:
+    sums = torch.zeros(5, 3, dtype=torch.float64, device='cpu' if device.type == 'mps' else device)
+    for kind, read, rows in batches[rank::world_size]:
         if stopped():
-            sums[3] = 1
+            sums[4] = 1
             break
-        # the last batch is filled up with rows of -1 alone: one shape, one compilation
-        if kind == 0:
-            x, y = split.windows(range(first, first + batch_size), block_size)
-        else:
-            x, y = padded(infill[kind - 1][first:first + batch_size], batch_size, block_size)
-        x, y = to_device((x, y), device)
+        x, y = read(rows, block_size)
+        missing = (0, batch_size - len(rows)), (0, 0)  # one shape, one compilation
+        x, y = to_device((np.pad(x, missing), np.pad(y, missing, constant_values=-1)), device)
         sums[kind] += torch.stack((*score_model(x, y), (y >= 0).sum())).to(sums.device).double()
     if world_size > 1:
         dist.all_reduce(sums)
-    if sums[3].any():
+    if sums[4].any():
         return None
-    (loss, hits, tokens), *middles = sums[:3].tolist()
-    loss /= tokens
-    result = {'val_loss': loss, 'val_ppl': math.exp(min(loss, 700)), 'val_acc': hits / tokens,
-              'val_bpb': loss / math.log(2) * split.n_tokens / split.n_bytes}
+    losses, accuracies = (sums[:4, :2] / sums[:4, 2:]).T.tolist()  # nan where there are no targets
+    result = {'val_loss': losses[0], 'val_ppl': math.exp(min(losses[0], 700)), 'val_acc': accuracies[0],
+              'val_bpb': losses[0] / math.log(2) * split.n_tokens / split.n_bytes}
+    if train:
+        result |= {'train_loss': losses[3], 'train_acc': accuracies[3]}
     if infill[0]:
-        names = 'val_infill_loss', 'val_infill_loss_shuffled'
-        result |= {name: loss / tokens for name, (loss, _, tokens) in zip(names, middles, strict=True)}
+        result |= {'val_infill_loss': losses[1], 'val_infill_loss_shuffled': losses[2]}
     return result
 
 
@@ -86,9 +88,9 @@ def infill_rows(split, block_size):
         marks = np.flatnonzero((ids == blank) | (ids == middle))
         if len(marks):
             stories.append(np.split(ids, marks))
-    own, shuffled = [], []
     if len(stories) < 2:
-        return own, shuffled
+        return [], []
+    own, shuffled = [], []
     for (prefix, suffix, rest), (_, next_suffix, _) in zip(stories, stories[1:] + stories[:1], strict=True):
         if len(prefix) + max(len(suffix), len(next_suffix)) + len(rest) <= block_size:
             for rows, end in (own, suffix), (shuffled, next_suffix):
@@ -97,13 +99,11 @@ def infill_rows(split, block_size):
     return own, shuffled
 
 
-def padded(rows, batch_size, block_size):
-    """Inputs and targets of `infill_rows`: two int64 arrays (batch_size, block_size).
-
-    The targets are -1, which the loss ignores, but for the middles and the delimiters that close the stories.
-    """
-    x = np.zeros((batch_size, block_size), np.int64)
-    y = np.full((batch_size, block_size), -1)
+def padded(rows, block_size):
+    """Inputs and targets of `infill_rows`, int64 arrays (rows, block_size): targets are -1, which the loss
+    ignores, but for the middles and the delimiters that close the stories."""
+    x = np.zeros((len(rows), block_size), np.int64)
+    y = np.full((len(rows), block_size), -1)
     for i, (ids, before) in enumerate(rows):
         x[i, :len(ids) - 1] = ids[:-1]
         y[i, before - 1:len(ids) - 1] = ids[before:]

@@ -1,10 +1,12 @@
-"""Writing with a GPT: the KV caches, the loop from token to token, drawing a token."""
+"""Writing with a GPT: the KV caches, the loop from token to token, drawing a token, a whole story."""
 
 import math
 from functools import partial
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from data import infill
 
 # For attention to a cache. cuDNN, which an H100 would take, plans anew for each length: up to 0.1 s a token
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -56,14 +58,14 @@ class StaticCache:
 
 
 @torch.inference_mode()
-def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop=-1, suppress=(), seed=0,
-             compile=False):
+def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, suppress=(), seed=0,
+             compile=False, given=None):
     """Continue the prompts idx (B, T), T at most block_size; yields the next token of each, (B,).
 
     temperature 0 is greedy; top_k keeps the k likeliest tokens (0: all), top_p the smallest set of them whose
-    probability reaches p (Holtzman et al. 2019; 1: all); no token of `suppress` is drawn. Ends after
-    max_new_tokens, or when each sequence has emitted `stop`; what a sequence emits after its `stop` means
-    nothing. `compile` compiles the step from a token to the next, on a GPU into a CUDA graph.
+    probability reaches p (Holtzman et al. 2019; 1: all); no token of `suppress` is drawn. given: (B, n), what
+    comes first in place of drawn tokens, -1 for none, so that a row's prompt may be longer than T.
+    `compile` compiles the step from a token to the next, on a GPU into a CUDA graph.
     """
     block_size, device = model.config.block_size, idx.device
     # on a CPU attention to 16-bit keys takes four times as long as to 32-bit ones
@@ -74,9 +76,9 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, st
         compiled_model = torch.compile(partial(model, cache=static), dynamic=False, mode='reduce-overhead')
     generator = torch.Generator(device).manual_seed(seed)
     suppress = torch.tensor(suppress, dtype=torch.long, device=device)
-    context, ended = idx, torch.zeros(idx.size(0), dtype=torch.bool, device=device)
+    context = idx
     with sdpa_kernel(KERNELS):
-        for _ in range(max_new_tokens):
+        for step in range(max_new_tokens):
             if cache.length + idx.size(1) > block_size:  # full: its last half is prefilled anew
                 idx, cache.length = context[:, -max(block_size // 2, 1):], 0
             if compile and idx.size(1) == 1:
@@ -86,10 +88,9 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, st
                 logits = model(idx, cache=cache)
             logits = logits[:, -1].float().index_fill_(-1, suppress, -math.inf)
             token = sample_token(logits, temperature, top_k, top_p, generator)
+            if given is not None and step < given.size(-1):
+                token = torch.where(given[:, step] >= 0, given[:, step], token)
             yield token
-            ended |= token == stop
-            if stop >= 0 and ended.all():
-                return
             idx = token[:, None]
             context = torch.cat((context, idx), dim=1)
 
@@ -122,3 +123,37 @@ def sample_index(weights, generator):
     """Draw an index a row in proportion to weights (B, n), none below 0; returns (B, 1)."""
     sums = weights.cumsum(-1)
     return torch.searchsorted(sums, sums[:, -1:] * (1 - torch.rand(len(sums), 1, generator=generator)))
+
+
+def continued(model, prompts, stop, max_new_tokens, min_new_tokens=0, **drawing):
+    """Continue prompts, lists of ids of any lengths, side by side, until each has written `stop`.
+
+    Yields, after each step, (rows, growing): the list of new ids of each, and the set of those that are not
+    whole. A `stop` that ends a row is not in it; one before min_new_tokens stays and ends nothing. A row of
+    max_new_tokens was cut. drawing: for `generate`.
+    """
+    shortest, longest = min(map(len, prompts)), max(map(len, prompts))
+    prompt = torch.tensor([ids + [-1] * (longest - len(ids)) for ids in prompts],
+                          device=next(model.parameters()).device)
+    idx, given = prompt[:, :shortest], prompt[:, shortest:]
+    rows, growing = [[] for _ in prompts], {*range(len(prompts))}
+    steps = generate(model, idx, max_new_tokens + longest - shortest, given=given, **drawing)
+    for step, tokens in enumerate(steps):
+        for i, token in enumerate(tokens.tolist()):
+            if i in growing and step >= len(prompts[i]) - shortest:
+                ended = token == stop and len(rows[i]) >= min(min_new_tokens, max_new_tokens - 1)
+                rows[i] += [] if ended else [token]
+                if ended or len(rows[i]) == max_new_tokens:
+                    growing.remove(i)
+        yield rows, growing
+        if not growing:
+            return
+
+
+def sample_story(model, tokenizer, seed, stopped=lambda: False):
+    """One story from the model as it stands, for a person to see; cut short once stopped() is true."""
+    steps = continued(model, [[tokenizer.delimiter]], tokenizer.delimiter, model.config.block_size,
+                      temperature=0.8, suppress=(tokenizer.blank, tokenizer.middle), seed=seed)
+    for (story,), growing in steps:
+        if not growing or stopped():
+            return infill.decode(tokenizer, story)

@@ -3,10 +3,13 @@
     python sample.py --out_dir out-quickstart
     python sample.py --start "One day, a dog" --num_samples 10 --temperature 0.8 > stories.txt
     python sample.py --start FILE:prompt.txt --temperature 0
+    python sample.py --start FILE:prompts.txt --one_per_line --num_samples 1
+    python sample.py --num_samples 1 --min_new_tokens 9000 --max_new_tokens 10000 > stories.txt
     python sample.py --out_dir out-infill --first_sentence "Tim lost his hat." --last_sentence "Tim was glad."
 """
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -18,17 +21,19 @@ from data import infill
 from data.tokenizer import tokenizer_from_state
 from device import DTYPES, choose_device, choose_dtype, keep_memory
 from errors import SettingError, UserError, run
-from generate import generate
+from generate import continued
 from quantize import to_int8
 
 out_dir = 'out-tiny-stories'  # folder of the checkpoint
 ckpt = 'best'  # best (lowest validation loss) or last
 init_from = ''  # a pretrained model instead: a Hugging Face folder, or llama2.c's .bin beside its tokenizer
 start = ''  # how every story begins: text, or FILE:path
+one_per_line = False  # each line of the start's file begins stories of its own, num_samples of them
 first_sentence = ''  # of a story whose middle the model writes, if it has learned infilling
 last_sentence = ''  # of that story
 num_samples = 3  # stories, written side by side as one batch
 max_new_tokens = 1000  # longest continuation; most stories end before
+min_new_tokens = 0  # a story that ends before is followed by another
 temperature = 0.8  # below 1: likelier words; 0: always the likeliest
 top_k = 0  # draw from the k likeliest tokens; 0: all
 top_p = 0.95  # draw from the likeliest tokens that make up this probability; 1: all
@@ -46,63 +51,69 @@ def check_settings():
     in_range(at_least=0, temperature=temperature, top_k=top_k)
     in_range(at_least=0, below=2**63, seed=seed)
     in_range(above=0, at_most=1, top_p=top_p)
+    in_range(at_least=0, min_new_tokens=min_new_tokens)
+    if min_new_tokens > max_new_tokens:
+        raise SettingError(f'min_new_tokens is {min_new_tokens}, more than max_new_tokens, {max_new_tokens}')
+    if last_sentence and min_new_tokens:
+        raise SettingError('min_new_tokens is for whole stories, not for a middle: leave it out')
+    if one_per_line and not start.startswith('FILE:'):
+        raise SettingError('one_per_line is for the lines of a file: type --start FILE:path')
     if bool(first_sentence.strip()) != bool(last_sentence.strip()):
         raise SettingError('a middle needs both ends: type --first_sentence "..." and --last_sentence "..."')
     if first_sentence and start:
         raise SettingError('start and first_sentence are both given: leave out one')
 
 
-def read_start():
-    """The text that every story begins with."""
+def read_starts():
+    """The texts that stories begin with."""
     if not start.startswith('FILE:'):
-        return start
+        return [start]
     try:
-        return Path(start[5:]).read_text(encoding='utf-8-sig')
+        text = Path(start[5:]).read_text(encoding='utf-8-sig')
     except UnicodeDecodeError as error:
         raise UserError(f'{start[5:]} is not UTF-8 text ({error.reason} at byte {error.start})') from None
+    lines = [line for line in text.split('\n') if line.strip()]
+    if one_per_line and not lines:
+        raise UserError(f'{start[5:]} has no line to begin a story with')
+    return lines if one_per_line else [text]
 
 
-def write_stories(model, tokenizer, begin, end, stream):
-    """Yield the text of `num_samples` stories, each once it and those before it are whole; a lone one in
-    growing parts, a line feed at its end, if `stream`. What was cut is told of on stderr after them.
-
-    They begin with the text `begin` and, unless `end` is empty, end with that. A middle is written in sight
-    of both, so it stops where the context does; a plain story goes on without the sight of its beginning.
+def write_stories(model, tokenizer, begins, end, stream):
+    """Yield the text of `num_samples` stories for each text of `begins`, each once it and those before it are
+    whole; a lone one in growing parts, a line feed at its end, if `stream`. What was cut is told of on stderr
+    after them. Stories end with the text `end`, if there is one: a middle is written in sight of both ends,
+    so it stops where the context does; a plain story goes on without the sight of its beginning.
     """
-    head = [tokenizer.delimiter, *tokenizer.encode(begin)]
-    ids = infill.prompt(tokenizer, begin, end) if end else head
-    context = model.config.block_size
-    if len(ids) > context:
+    heads = [[tokenizer.delimiter, *tokenizer.encode(text)] for text in begins for _ in range(num_samples)]
+    prompts = [infill.prompt(tokenizer, begins[0], end)] * num_samples if end else heads
+    longest, context = max(map(len, prompts)), model.config.block_size
+    if longest > context:
         what = 'the two sentences have' if end else 'the start has'
-        raise UserError(f'{what} {len(ids)} tokens, more than the context of {context}; shorten them')
+        raise UserError(f'{what} {longest} tokens, more than the context of {context}; shorten them')
     limit, limited_by = max_new_tokens, f'--max_new_tokens {max_new_tokens}'
-    if end and (room := context - len(ids) + 1) < limit:  # the last token written need not be read
+    if end and (room := context - longest + 1) < limit:  # the last token written need not be read
         limit, limited_by = room, f'the end of the context of {context} tokens'
-    rows = [[*head] for _ in range(num_samples)]
-    ended = [False] * num_samples
-    idx = torch.tensor([ids] * num_samples, device=next(model.parameters()).device)
-    suppress = tokenizer.blank, tokenizer.middle
-    written = generate(model, idx, limit, temperature, top_k, top_p, tokenizer.delimiter, suppress, seed,
-                       compile)
-    shown = 0
-    for tokens in tqdm(written, 'writing', limit, leave=False, disable=stream or None, unit=' tokens'):
-        for i, token in enumerate(tokens.tolist()):
-            ended[i] = ended[i] or token == tokenizer.delimiter
-            if not ended[i]:
-                rows[i].append(token)
+    steps = continued(model, prompts, tokenizer.delimiter, limit, min_new_tokens, temperature=temperature,
+                      top_k=top_k, top_p=top_p, suppress=(tokenizer.blank, tokenizer.middle), seed=seed,
+                      compile=compile)
+    shown, total = 0, limit + longest - min(map(len, prompts))
+    for rows, growing in tqdm(steps, 'writing', total, leave=False, disable=stream or None, unit=' tokens'):
         if stream:
-            yield tokenizer.decode(rows[0])
-        while not stream and shown < num_samples and ended[shown]:
-            yield joined(tokenizer.decode(rows[shown]), end)
+            yield text_of(tokenizer, heads[0] + rows[0])
+        while not stream and shown < len(rows) and shown not in growing:
+            yield text_of(tokenizer, heads[shown] + rows[shown], end)
             shown += 1
-    for row in rows[shown:]:
-        yield joined(tokenizer.decode(row), end) + '\n' * stream
-    if not all(ended):
-        print(f'{ended.count(False)} of {num_samples} stories were cut at {limited_by}', file=sys.stderr)
+    if stream:
+        yield text_of(tokenizer, heads[0] + rows[0], end) + '\n'
+    if cut := sum(len(row) == limit for row in rows):
+        print(f'{cut} of {len(rows)} stories were cut at {limited_by}', file=sys.stderr)
 
 
-def joined(text, end):
-    """A story and what it is to end with: a middle that was cut ends in a word."""
+def text_of(tokenizer, ids, end=''):
+    """The text of ids that begin with a delimiter, a line `---` for each other one, and what it is to end
+    with: a middle that was cut ends in a word."""
+    starts = [i for i, token in enumerate(ids) if token == tokenizer.delimiter]
+    text = '\n---\n'.join(tokenizer.decode(ids[i:j]) for i, j in pairwise([*starts, len(ids)]))
     return text + (' ' if end and not text[-1:].isspace() else '') + end
 
 
@@ -135,12 +146,13 @@ def main():
         model = to_int8(model) if dtype == 'int8' else model.to(choose_dtype(dtype, torch_device))
     except ValueError as error:
         raise SettingError(str(error)) from None
-    begin, end = first_sentence.strip() or read_start(), last_sentence.strip()
+    end = last_sentence.strip()
+    begins = [first_sentence.strip()] if end else read_starts()
     if end and not checkpoint.get('infill_rate'):
         raise UserError(f'{init_from or out_dir} has not learned to write middles: train on data of '
                         'data/tiny_stories/prepare.py --infill_rate 0.5, or continue a --start')
-    stream = num_samples == 1 and sys.stdout.isatty()
-    stories = write_stories(model, tokenizer, begin, end, stream)
+    stream = num_samples * len(begins) == 1 and sys.stdout.isatty()
+    stories = write_stories(model, tokenizer, begins, end, stream)
     try:
         if stream:
             print_growing(stories)

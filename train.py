@@ -8,7 +8,6 @@
 """
 
 import gc
-import itertools
 import math
 import shlex
 import signal
@@ -25,7 +24,6 @@ from tqdm import tqdm
 
 from checkpoint import RunFolder, load_checkpoint
 from configurator import configure, in_range, one_of, settings
-from data import infill
 from data.shards import Batches, Split, fingerprint
 from data.tokenizer import load_tokenizer
 from device import autocast, choose_device, choose_dtype, keep_memory, peak_flops, to_device
@@ -33,7 +31,7 @@ from distributed import join_ranks, leave_ranks, lost_ranks_told, ranks, resume_
 from errors import SettingError, UserError, out_of_memory, run
 from evaluate import evaluate, infill_rows, score
 from formats import load_pretrained
-from generate import generate
+from generate import sample_story
 from model import GPT, GPTConfig
 
 # what to read and write
@@ -60,11 +58,12 @@ rope_theta = 10000.0  # base of the rotary frequencies
 norm_eps = 1e-5  # added to the variance in norms
 # optimisation
 max_iters = 5000  # steps
+max_epochs = 0.0  # passes over the training data, in place of max_iters; 0: max_iters decides
 batch_size = 32  # sequences a micro-batch
 gradient_accumulation_steps = 1  # micro-batches a step, over all ranks together
 optimizer = 'muon'  # muon (on the matrices of the blocks, AdamW on the rest) or adamw
 learning_rate = 0.0  # peak rate of AdamW; 0: 0.01 beside Muon, whose own rate is twice that, 1e-3 alone
-warmup_iters = 50  # steps of linear warm-up; the rate then falls linearly to 0 at max_iters
+warmup_iters = 50  # steps of linear warm-up; the rate then falls linearly to 0 at the last step
 weight_decay = 0.1  # on matrices
 beta1 = 0.9  # of AdamW
 beta2 = 0.95  # of AdamW
@@ -72,6 +71,8 @@ grad_clip = 1.0  # largest gradient norm; 0: not clipped
 # what a run shows
 eval_interval = 500  # steps between evaluations, each with a checkpoint and a sampled story
 eval_iters = 0  # batches an evaluation; 0: the whole validation split
+patience = 0  # evaluations without a lower loss that end the run; 0: none do
+save_interval = 0  # steps between checkpoints that are kept, as ckpt_STEP.pt; 0: the last and the best alone
 log_interval = 10  # steps between lines
 # the machine
 device = 'auto'  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:N or mps
@@ -97,7 +98,8 @@ def check_settings():
              gradient_accumulation_steps=gradient_accumulation_steps, eval_interval=eval_interval,
              log_interval=log_interval)
     in_range(at_least=0, learning_rate=learning_rate, warmup_iters=warmup_iters, weight_decay=weight_decay,
-             grad_clip=grad_clip, eval_iters=eval_iters)
+             grad_clip=grad_clip, eval_iters=eval_iters, max_epochs=max_epochs, patience=patience,
+             save_interval=save_interval)
     in_range(at_least=0, below=2**63, seed=seed)
     in_range(at_least=0, below=1, beta1=beta1, beta2=beta2)
     one_of(('muon', 'adamw'), optimizer=optimizer)
@@ -133,10 +135,10 @@ def make_optimizers(model):
     return optimizers
 
 
-def lr_factor(it):
-    """Share of the peak learning rate at step `it`: linear warm-up, then linear decay to 0 at max_iters."""
+def lr_factor(it, n_iters):
+    """Share of the peak learning rate at step `it` of n_iters: linear warm-up, then linear decay to 0."""
     warmup = min(1.0, (it + 1) / (warmup_iters + 1))
-    return min(warmup, max(0, max_iters - it) / max(1, max_iters - warmup_iters))
+    return min(warmup, max(0, n_iters - it) / max(1, n_iters - warmup_iters))
 
 
 def compiled(ddp_model, model, x, y, context):
@@ -166,16 +168,6 @@ def compiled(ddp_model, model, x, y, context):
         model.zero_grad(set_to_none=True)
 
 
-def sample_story(model, tokenizer, context, stopped):
-    """One story from the model as it stands, for a person to see; cut short once stopped() is true."""
-    prompt = torch.tensor([[tokenizer.delimiter]], device=model.lm_head.weight.device)
-    with context:
-        tokens = generate(model, prompt, block_size, 0.8, stop=tokenizer.delimiter,
-                          suppress=(tokenizer.blank, tokenizer.middle), seed=seed)
-        tokens = itertools.takewhile(lambda _: not stopped(), tokens)
-        return infill.decode(tokenizer, [int(token) for token in tokens])
-
-
 def begin_from(pretrained, model, tokenizer):
     """Put the weights of the pretrained model into `model`. Raises UserError where they do not suit."""
     if pretrained['tokenizer'] and pretrained['tokenizer'] != tokenizer.state():
@@ -189,8 +181,8 @@ def begin_from(pretrained, model, tokenizer):
     model.load_state_dict(pretrained['model'])
 
 
-def go_on(checkpoint, model, optimizers, scaler, data):
-    """Put back the state of a run; returns the step it is at and its best loss so far.
+def go_on(checkpoint, model, optimizers, scaler, data, n_iters):
+    """Put back the state of a run; returns the step it is at, its best loss so far and the step of that.
 
     Raises SettingError where the model or the data are not those that it had.
     """
@@ -204,21 +196,22 @@ def go_on(checkpoint, model, optimizers, scaler, data):
         raise SettingError(f"the data in {dataset} is not what this run was trained on (fingerprint "
                            f"{data[:12]}, the run's {checkpoint['fingerprint'][:12]}): prepare it as before, "
                            'or name another --out_dir')
-    if checkpoint['iter'] > max_iters:
-        raise SettingError(f"max_iters is {max_iters}, but {out_dir}/ckpt.pt is at step {checkpoint['iter']}")
+    if checkpoint['iter'] > n_iters:
+        raise SettingError(f"max_{'epochs' if max_epochs else 'iters'} makes {n_iters} steps, but "
+                           f"{out_dir}/ckpt.pt is at step {checkpoint['iter']}")
     model.load_state_dict(checkpoint['model'])
     if checkpoint['scaler']:  # else the run was not in float16 so far
         scaler.load_state_dict(checkpoint['scaler'])
     for opt, saved in zip(optimizers, checkpoint['optimizers'], strict=True):
         groups = opt.state_dict()['param_groups']  # rates and the like given for the rest of the run count
         opt.load_state_dict(saved | {'param_groups': groups})
-    return checkpoint['iter'], checkpoint['best_val_loss']
+    return checkpoint['iter'], checkpoint['best_val_loss'], checkpoint.get('best_iter', checkpoint['iter'])
 
 
-def make_checkpoint(model, optimizers, scaler, tokenizer, meta, it, best_val_loss):
+def make_checkpoint(model, optimizers, scaler, tokenizer, meta, it, best_val_loss, best_iter):
     return {
         'model': model.state_dict(), 'config': asdict(model.config), 'tokenizer': tokenizer.state(),
-        'settings': settings(globals()), 'iter': it, 'best_val_loss': best_val_loss,
+        'settings': settings(globals()), 'iter': it, 'best_val_loss': best_val_loss, 'best_iter': best_iter,
         'optimizers': [opt.state_dict() for opt in optimizers], 'scaler': scaler.state_dict(),
         'fingerprint': fingerprint(meta), 'infill_rate': meta.get('infill_rate', 0)}
 
@@ -250,6 +243,7 @@ def main():
     tokenizer = load_tokenizer(folder)
     batches = Batches(train_split, block_size, batch_size, gradient_accumulation_steps, seed, rank,
                       world_size)
+    n_iters = math.ceil(max_epochs * batches.n_windows / batches.sequences) if max_epochs else max_iters
     infill_val = infill_rows(val_split, block_size)
 
     # the model, and where it begins or goes on --------------------------------
@@ -258,10 +252,10 @@ def main():
     model = GPT(make_config(tokenizer.vocab_size)).to(torch_device)
     optimizers = make_optimizers(model)
     scaler = torch.amp.GradScaler(torch_device.type, enabled=ptdtype == torch.float16)
-    it, best_val_loss = 0, math.inf
+    it, best_val_loss, best_iter = 0, math.inf, 0
     if init_from == 'resume':
-        it, best_val_loss = go_on(load_checkpoint(run_folder.path / 'ckpt.pt'), model, optimizers, scaler,
-                                  fingerprint(train_split.meta))
+        saved, data = load_checkpoint(run_folder.path / 'ckpt.pt'), fingerprint(train_split.meta)
+        it, best_val_loss, best_iter = go_on(saved, model, optimizers, scaler, data, n_iters)
     elif init_from != 'scratch':
         begin_from(load_pretrained(init_from), model, tokenizer)
     ddp_model = join_ranks(model, torch_device)
@@ -271,10 +265,11 @@ def main():
     caught = watch_signals()
     step_tokens = batches.sequences * block_size
     if master_process:
-        run_folder.begin(checkpoint(it, best_val_loss))
+        run_folder.begin(checkpoint(it, best_val_loss, best_iter))
         print(f'{model.n_params():,} parameters on {world_size} {torch_device.type} in {str(ptdtype)[6:]}; '
-              f'{train_split.n_tokens:,} training tokens ({tokenizer.encoding}), {step_tokens:,} a step, '
-              f'{max_iters * step_tokens / train_split.n_tokens:.2f} epochs', flush=True)
+              f'{train_split.n_tokens:,} training tokens ({tokenizer.encoding}), {step_tokens:,} a step; '
+              f"{n_iters:,} steps{' by max_epochs' if max_epochs else ''} are "
+              f'{n_iters * step_tokens / train_split.n_tokens:.2f} epochs', flush=True)
 
     # the loop -----------------------------------------------------------------
     peak, skipped, stopping = peak_flops(torch_device), 0, False
@@ -284,30 +279,35 @@ def main():
     gc.freeze()  # what there is by now is never garbage, and is not looked through again
     for micro_batches in batches.ahead(it):  # endless: those of step `it`, as numpy arrays
         # once in a while: evaluate, save, show a story
-        if it % eval_interval == 0 or it == max_iters:
+        ended, keep = it == n_iters, save_interval > 0 and it % save_interval == 0
+        if it % eval_interval == 0 or ended:
             model.eval()
             with context:
-                result = evaluate(compiled_score, val_split, block_size, batch_size, infill_val,
+                result = evaluate(compiled_score, val_split, block_size, batch_size, infill_val, train_split,
                                   eval_iters, torch_device, rank, world_size, lambda: bool(caught))
             stopping = result is None
+            if is_best := not stopping and result['val_loss'] < best_val_loss:
+                best_val_loss, best_iter = result['val_loss'], it
+            ended = ended or 0 < patience * eval_interval <= it - best_iter
             if master_process and not stopping:
-                is_best = result['val_loss'] < best_val_loss
-                best_val_loss = min(best_val_loss, result['val_loss'])
                 print(f'step {it}: ' + ', '.join(f'{name} {value:.4f}' for name, value in result.items()))
                 run_folder.record(iter=it, **result)
-                run_folder.save(checkpoint(it, best_val_loss), is_best)
+                run_folder.save(checkpoint(it, best_val_loss, best_iter), is_best, keep)
                 run_folder.plot()
-                story = sample_story(model, tokenizer, context, lambda: bool(caught))
+                with context:
+                    story = sample_story(model, tokenizer, seed, lambda: bool(caught))
                 print('   ', story.replace('\n', '\n    '), flush=True)
             model.train()
-        if it == max_iters or stopping:
+        elif master_process and keep:
+            run_folder.save(checkpoint(it, best_val_loss, best_iter), keep=True)
+        if ended or stopping:
             break
 
         # one step: forward and backward over the micro-batches, then the update
         began = time.perf_counter()
         torch.manual_seed(int(np.random.SeedSequence((seed, it, rank)).generate_state(1)[0]))  # of dropout
         for group in (group for opt in optimizers for group in opt.param_groups):
-            group['lr'] = group['peak_lr'] * lr_factor(it)
+            group['lr'] = group['peak_lr'] * lr_factor(it, n_iters)
         loss = torch.zeros((), device=torch_device)
         for i, xy in enumerate(micro_batches):
             ddp_model.require_backward_grad_sync = i == len(micro_batches) - 1  # DDP: one exchange a step
@@ -342,12 +342,12 @@ def main():
         # what a person sees
         if master_process and (it - 1) % log_interval == 0:
             speed = (it - logged_it) * step_tokens / (spent - logged_spent)
-            left = tqdm.format_interval((max_iters - it) * spent / (it - start_it))
+            left = tqdm.format_interval((n_iters - it) * spent / (it - start_it))
             logged_it, logged_spent = it, spent
             lr = optimizers[0].param_groups[0]['lr']
             run_folder.record(iter=it - 1, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=speed)
             mfu = f', MFU {speed * model.flops_per_token() / peak / world_size:.1%}' if peak else ''
-            print(f'step {it - 1}/{max_iters}: loss {loss:.4f}, lr {lr:.2e}, grad norm {grad_norm:.2f}, '
+            print(f'step {it - 1}/{n_iters}: loss {loss:.4f}, lr {lr:.2e}, grad norm {grad_norm:.2f}, '
                   f'{speed:,.0f} tokens/s, {left} left{mfu}'
                   + (f', {skipped} steps skipped' if skipped else ''), flush=True)
         if stopping:
@@ -355,10 +355,10 @@ def main():
 
     # the end ------------------------------------------------------------------
     if master_process and stopping:
-        run_folder.save(checkpoint(it, best_val_loss))
+        run_folder.save(checkpoint(it, best_val_loss, best_iter))
         print(f'stopped at step {it} and saved; go on with: {resume_command(out_dir)}', file=sys.stderr)
     elif master_process:
-        print(f'done: best validation loss {best_val_loss:.4f}; write stories with: '
+        print(f'done at step {it}: best validation loss {best_val_loss:.4f} at step {best_iter}; write with: '
               f'python sample.py --out_dir {shlex.quote(out_dir)}')
     leave_ranks()
     if stopping:

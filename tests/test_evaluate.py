@@ -76,6 +76,26 @@ def test_the_whole_split_counts_with_its_tail(tmp_path, batch_size):
     assert evaluate(partial(score, model), split, 8, 2, stopped=lambda: True) is None
 
 
+@pytest.mark.parametrize('batch_size, rows', [(2, [0, 5]), (1, [0, 5]), (5, [0, 1, 2, 3, 5]), (9, range(6))])
+def test_a_fixed_sample_of_the_training_split(tmp_path, batch_size, rows):
+    """Spread evenly over its 6 windows of 8; one batch for four of the others, at least one."""
+    split, model, seen = val_split(tmp_path, np.tile(TOKENS, 2)[:72], ), small(8), []
+    train, losses, hits = val_split(tmp_path / 'train', TOKENS), [], []
+
+    def scored(x, y):
+        seen.append(len(x))
+        return score(model, x, y)
+
+    for row in rows:
+        row_losses, row_hits = naive(model, TOKENS[8 * row:8 * row + 9], 8)
+        losses, hits = losses + row_losses, hits + row_hits
+    result = evaluate(scored, split, 8, batch_size, train=train)
+    assert [result['train_loss'], result['train_acc']] == pytest.approx([np.mean(losses), np.mean(hits)])
+    assert result['val_loss'] == evaluate(partial(score, model), split, 8, batch_size)['val_loss']
+    val = math.ceil(9 / batch_size)
+    assert seen == [batch_size] * (val + max(1, val // 4))
+
+
 def test_rows_of_infilled_stories(tmp_path):
     split = val_split(tmp_path, np.concatenate(STORIES), **INFILL)  # a story reaches over two shards
     own, shuffled = infill_rows(split, 10)

@@ -26,13 +26,13 @@ def given(monkeypatch):
 
 
 def test_the_learning_rate_at_its_edges(given):
-    given(warmup_iters=4, max_iters=10)
-    factors = [train.lr_factor(it) for it in range(12)]
+    given(warmup_iters=4)
+    factors = [train.lr_factor(it, 10) for it in range(12)]
     assert factors == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0, 0])
     given(warmup_iters=0)
-    assert train.lr_factor(0) == 1 and train.lr_factor(9) == pytest.approx(0.1)
+    assert train.lr_factor(0, 10) == 1 and train.lr_factor(9, 10) == pytest.approx(0.1)
     given(warmup_iters=20)  # a warm-up longer than the run
-    assert all(0 < train.lr_factor(it) <= 1 for it in range(10))
+    assert all(0 < train.lr_factor(it, 10) <= 1 for it in range(10))
 
 
 @pytest.mark.parametrize('optimizer, rate, peaks', [
@@ -103,6 +103,43 @@ def test_the_best_checkpoint_is_that_of_the_lowest_loss(quick, tmp_path):
     assert [saved['ckpt.pt'][key] for key in ('iter', 'best_val_loss')] == [2, 2.0]
     quick([2.5], '--init_from=resume', '--max_iters=2')  # lower than the last, but not the lowest
     assert load_checkpoint(tmp_path / 'out' / 'best.pt')['iter'] == 1
+
+
+def test_a_run_ends_by_epochs(quick, data, tmp_path, capsys):
+    tokens = train.Split(data, 'train').n_tokens  # a window has 16, a step 8 windows
+    steps = math.ceil(0.15 * ((tokens - 1) // 16) / 8)
+    quick([3.0, 3.0], '--max_epochs=0.15', '--max_iters=3', '--eval_interval=99')
+    assert load_checkpoint(tmp_path / 'out' / 'ckpt.pt')['iter'] == steps > 10
+    assert f'; {steps} steps by max_epochs are 0.1' in capsys.readouterr().out
+    rates = [line['lr'] for line in metrics(tmp_path / 'out') if 'lr' in line]
+    assert rates == pytest.approx([1e-3 * train.lr_factor(it, steps) for it in range(steps)])
+    with pytest.raises(SettingError, match=f'max_epochs makes 1 steps, but .* is at step {steps}'):
+        quick([3.0], '--init_from=resume', '--max_epochs=0.001')
+
+
+def test_a_run_ends_when_its_patience_does(quick, tmp_path, capsys):
+    """Counted from the best evaluation, over an interruption, and not by a run that needs none."""
+    quick([3.0, 2.0, 2.5, 2.0], '--max_iters=3', '--eval_interval=1', '--patience=3')
+    quick([2.1, 2.4], '--init_from=resume', '--max_iters=9', '--eval_interval=1')  # step 3 once more
+    assert load_checkpoint(tmp_path / 'out' / 'ckpt.pt')['iter'] == 4
+    assert 'done at step 4: best validation loss 2.0000 at step 1;' in capsys.readouterr().out
+    quick([2.1, 1.9, 2.0], '--init_from=resume', '--max_iters=6', '--eval_interval=1', '--patience=0')
+    assert load_checkpoint(tmp_path / 'out' / 'best.pt')['iter'] == 5
+
+
+def test_checkpoints_are_kept_by_step(quick, tmp_path):
+    flags = '--max_iters=5', '--eval_interval=4', '--save_interval=2', '--seed=5'
+    quick([3.0, 2.0, 2.5], *flags)
+    names = 'ckpt_0.pt', 'ckpt_2.pt', 'ckpt_4.pt', 'ckpt.pt', 'best.pt'
+    assert {path.name for path in (tmp_path / 'out').glob('*.pt')} == {*names}
+    kept = [load_checkpoint(tmp_path / 'out' / name) for name in names]
+    assert [saved['iter'] for saved in kept] == [0, 2, 4, 5, 4]
+    (tmp_path / 'out' / 'ckpt_2.pt').replace(tmp_path / 'out' / 'ckpt.pt')
+    before = metrics(tmp_path / 'out')
+    quick([2.0, 2.5], '--init_from=resume', '--max_iters=5')  # from a kept one the run is the same again
+    assert metrics(tmp_path / 'out') == before
+    quick([3.0, 3.0], '--max_iters=1', '--overwrite')
+    assert not [*(tmp_path / 'out').glob('ckpt_*.pt')]  # they were another run's
 
 
 def test_resuming_keeps_the_state_and_takes_what_is_given_now(quick, tmp_path):
@@ -176,7 +213,7 @@ def test_an_overflow_changes_nothing_but_the_scale(quick, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize('flag, message', [
-    ('--max_iters=1', 'max_iters is 1, but .*ckpt.pt is at step 2'),
+    ('--max_iters=1', 'max_iters makes 1 steps, but .*ckpt.pt is at step 2'),
     ('--optimizer=muon', 'optimizer is muon, but .*ckpt.pt has adamw')])
 def test_a_run_does_not_go_on_as_another(quick, flag, message):
     quick([3.0, 3.0], '--max_iters=2')
@@ -271,7 +308,7 @@ def test_a_run_shows_and_writes_what_it_should(run):
     lines = metrics(out)
     assert [line['iter'] for line in lines if 'loss' in line] == list(range(12))
     assert [line['iter'] for line in lines if 'val_loss' in line] == [0, 6, 12]
-    assert {*lines[0]} == {'iter', 'val_loss', 'val_ppl', 'val_bpb', 'val_acc'}
+    assert {*lines[0]} == {'iter', 'val_loss', 'val_ppl', 'val_bpb', 'val_acc', 'train_loss', 'train_acc'}
     assert {*lines[1]} == {'iter', 'loss', 'lr', 'grad_norm'}
     assert lines[-1]['val_loss'] < lines[0]['val_loss']
     assert f"step 12: val_loss {lines[-1]['val_loss']:.4f}, val_ppl" in done.out
