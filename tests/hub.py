@@ -29,7 +29,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         name, files = self.server.name, self.server.files
-        about = re.fullmatch(f'/(?:api/)?datasets/{name}/?([a-z]*)/?[^/]*/?(.*)', self.path.split('?')[0])
+        user, repo = name.split('/')  # an old name may leave out the user
+        about = re.fullmatch(f'/(?:api/)?datasets/(?:{user}/)?{repo}/?([a-z]*)/?[^/]*/?(.*)',
+                             self.path.split('?')[0])
         kind, path = about.groups() if about else ('', '')
         if not about or (kind == 'resolve' and path not in files):
             self.answer(404, b'', {'X-Error-Code': 'EntryNotFound' if about else 'RepoNotFound'})

@@ -1,5 +1,7 @@
 """prepare.py: every kind of source, which stories go where, what a killed run leaves, and the hub."""
 
+import csv
+import gzip
 import os
 import random
 import signal
@@ -70,12 +72,19 @@ def both(found):
 def write(path, texts=STORIES, column='text'):
     """Stories as the kind of file that `path` ends in, or as what save_to_disk writes; returns `path`."""
     path.parent.mkdir(exist_ok=True, parents=True)
+    if path.suffix == '.gz':
+        path.write_bytes(gzip.compress(write(path.with_suffix(''), texts, column).read_bytes()))
+        path.with_suffix('').unlink()
+        return path
     if path.suffix == '.txt':
         path.write_bytes(''.join(f'{text}\n{DELIMITER}\n' for text in texts).encode())
         return path
     table = datasets.Dataset.from_dict({column: texts, 'n': range(len(texts))})
     if path.suffix == '.parquet':
         table.cast_column(column, datasets.Value('large_string')).to_parquet(path)  # as pandas has it
+    elif path.suffix == '.csv':
+        with open(path, 'w', encoding='utf-8', newline='') as file:
+            csv.writer(file).writerows([(column, 'n'), *zip(texts, range(len(texts)), strict=True)])
     elif path.suffix:
         table.to_json(path, lines=path.suffix == '.jsonl')
     else:
@@ -89,8 +98,8 @@ def write_all(folder, files, column='text'):
     return folder
 
 
-@pytest.mark.parametrize('names', [['s.txt'], ['s.jsonl'], ['s.parquet'], ['saved'], [
-    'data00.json', 'data01.json']], ids=str)
+@pytest.mark.parametrize('names', [['s.txt'], ['s.jsonl'], ['s.parquet'], ['saved'], ['s.csv'], [
+    'data00.json', 'data01.json'], ['s.txt.gz', 's.json.gz'], ['s.csv.gz']], ids=str)
 def test_source_without_validation(tmp_path, prepared, names):
     """Each kind of source gives back every story, exactly, and the same split whatever the kind and order."""
     files = {name: STORIES[i::len(names)] for i, name in enumerate(names)}
@@ -102,7 +111,8 @@ def test_source_without_validation(tmp_path, prepared, names):
 
 
 @pytest.mark.parametrize('train, val', [
-    ('V2-GPT4-train.txt', 'V2-GPT4-valid.txt'), ('train-0.jsonl', 'nested/val.jsonl')])
+    ('V2-GPT4-train.txt', 'V2-GPT4-valid.txt'), ('train-0.jsonl', 'nested/val.jsonl'),
+    ('train', 'validation'), ('train.csv.gz', 'test.csv.gz')])  # the third lacks a dataset_dict.json
 def test_source_with_validation(tmp_path, prepared, train, val):
     assert prepared(write_all(tmp_path / 's', {train: TRAIN, val: VAL})) == {'train': TRAIN, 'val': VAL}
 
@@ -112,6 +122,15 @@ def test_saved_source_with_validation(tmp_path, prepared):
              for split, texts in (('train', TRAIN), ('validation', VAL))}
     datasets.DatasetDict(saved).save_to_disk(tmp_path / 's')
     assert prepared(tmp_path / 's') == {'train': TRAIN, 'val': VAL}
+
+
+def test_any_column_of_a_table(tmp_path, prepared):
+    path = write(tmp_path / 's.csv', ['NA', 'null', '', 'a,"b"\r\n', ' 7'], column='tale, told')
+    assert both(prepared(path, text_column='tale, told')) == [' 7', 'NA', 'a,"b"\r\n', 'null']
+    for column, message in ('', 'no column text or story: type --text_column and one of tale, told, n'), (
+            'n', "no text in its column 'n'"), ('m', 'no column m: type'):
+        with pytest.raises(UserError, match=message):
+            prepared(path, text_column=column)
 
 
 def test_folder_takes_parquet_alone_and_no_test_split_nor_hidden_file(tmp_path, prepared, capsys):
@@ -147,8 +166,9 @@ def test_single_document_is_split_by_position_and_stays_plain(tmp_path, prepared
     text = '\n' + ' \u00e9\u4f60. \U0001f600 Word.\r\n'.join(map(str, range(400))) + '\n'
     path = tmp_path / 's.txt'
     path.write_bytes(b'\xef\xbb\xbf' + text.encode())  # a byte order mark is no text
+    (tmp_path / 's.TXT.GZ').write_bytes(gzip.compress(path.read_bytes()))
     cut = int(0.9 * len(text))
-    assert prepared(path) == {'train': [text[:cut]], 'val': [text[cut:]]}
+    assert prepared(path) == prepared(tmp_path / 's.TXT.GZ') == {'train': [text[:cut]], 'val': [text[cut:]]}
     with pytest.raises(UserError, match=r's.txt can be infilled: leave out --infill_rate'):
         prepared(path, infill_rate=1.0)
     found = prepared(path, data_percentage=10.0)
@@ -270,10 +290,25 @@ def test_the_hub(tmp_path, start):
         train, other, val = files
         assert hub.downloaded == [(train, 0), (other, 0), (other, 10 * 2**20), (val, 0)]  # gone on with
         status, err = end(start('--source', 'someone/nothing', HF_ENDPOINT=hub.endpoint))
-        assert status == 1 and err.count('\n') == 1 and 'someone/nothing cannot be loaded: ' in err
+        assert status == 1 and err.count('\n') == 1 and 'someone/nothing is no file here, nor can it' in err
     for flags in [], ['--offline']:
         assert end(start(*flags, HF_ENDPOINT=hub.endpoint)) == (0, '')
         assert read(tmp_path / 'out') == stories
+
+
+def test_a_name_on_the_hub_without_a_user_and_with_a_configuration(tmp_path, start):
+    """Of two configurations, the second; the first of all names is asked for if none is given."""
+    files = {f'{name}/train.jsonl': (write(tmp_path / f'{name}.jsonl', texts)).read_bytes()
+             for name, texts in (('long', ['no', 'not this']), ('short', STORIES))}
+    configs = ''.join(f'- config_name: {name}\n  data_files: {name}/*\n' for name in ('long', 'short'))
+    with Hub('someone/tales', files | {'README.md': f'---\nconfigs:\n{configs}---\n'.encode()}) as hub:
+        assert end(start('--source', 'tales:short', HF_ENDPOINT=hub.endpoint)) == (0, '')
+        assert both(read(tmp_path / 'out')) == sorted(STORIES)
+        status, err = end(start('--source', 'tales', HF_ENDPOINT=hub.endpoint))
+    assert status == 1 and err.count('\n') == 1 and "['long', 'short']" in err and 'user/name:config' in err
+    assert 'as user/name' in end(start('--source', 'tales:short', '--offline'))[1]
+    assert end(start('--source', 'someone/tales:short', '--offline')) == (0, '')
+    assert both(read(tmp_path / 'out')) == sorted(STORIES)
 
 
 def test_a_hub_that_never_answers_is_told_of_within_seconds(tmp_path, start):

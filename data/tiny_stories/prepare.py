@@ -28,6 +28,7 @@ from data.tokenizer import BPETokenizer, CharTokenizer, characters
 from errors import SettingError, UserError, be_a_worker, run
 
 source = 'roneneldan/TinyStories'  # user/name on the hub, a local file or folder, or sample (built in)
+text_column = ''  # of the stories, in a table; '' is text or story
 encoding_type = 'auto'  # char, bpe or gpt2; auto: bpe for the built-in corpus, char for all others
 # 4096 and not 30,000: at 288 wide, 30,000 rows of the embedding are 8.6M parameters, more than all layers
 # of a 15M model; and the few words of these stories are nearly all whole tokens in 4096 rows already.
@@ -195,7 +196,7 @@ def main():
     with replacing(folder) as (new, cache):
         # the stories, and which of them are for training and which for validation
         sample = partial(sample_stories.stories, 22_000, seed)
-        loaded, left_out = load_stories(source, cache, sample, data_percentage, offline)
+        loaded, remark = load_stories(source, cache, sample, data_percentage, offline, text_column)
         stories, used, blank = choose(loaded, cache)
 
         # their tokens, by a tokenizer that is given or learned
@@ -213,8 +214,8 @@ def main():
     train, val = splits.values()
     size, tokens = train['bytes'] + val['bytes'], train['tokens'] + val['tokens']
     print(f"stories: {train['stories']:,} for training, {val['stories']:,} for validation, {blank:,} blank")
-    if left_out:
-        print(f'left out, as a test split: {", ".join(left_out)}')
+    if remark:
+        print(remark)
     if infill_rate:
         infilled, too_short = (train[key] + val[key] for key in ('infilled', 'too_short'))
         print(f'for infilling: {infilled:,}; {too_short:,} chosen but plain, as shorter than three sentences')
