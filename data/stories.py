@@ -15,8 +15,8 @@ from errors import UserError, reading
 
 DELIMITER = '<|endoftext|>'  # between the stories of a .txt
 LOADERS = {'.txt': 'ours', '.jsonl': 'json', '.json': 'json', '.csv': 'csv', '.parquet': 'parquet'}
-KINDS = ('stories come as .txt, .jsonl, .json, .csv (each also as .gz), .parquet, a folder of these, or what '
-         'save_to_disk writes')
+KINDS = ('stories come as .txt, .jsonl, .json, .csv (each also as .gz), .parquet, a folder of these or what '
+         'save_to_disk writes, or tokens as .bin with their --tokenizer')
 # what is no story though it may lie beside some: ours, and the library's
 NO_STORIES = 'meta.json', 'tokenizer.json', 'dataset_info.json', 'dataset_dict.json', 'state.json'
 HUB_NAME = r'((?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*)(?::([\w.-]+))?'  # and a configuration

@@ -1,13 +1,14 @@
-"""Three lossless tokenizers behind one interface: char, bpe (sentencepiece) and gpt2 (tiktoken).
+"""Three tokenizers behind one interface: char, bpe (sentencepiece) and gpt2 (tiktoken).
 
     encoding  ids, all of which fit uint16
     char      unk 0, bos 1, eos 2, the 256 bytes at 3 to 258, the characters by code point, <blank>, <middle>
     bpe       unk 0, bos 1, eos 2, the 256 bytes at 3 to 258, sentencepiece's own pieces, <blank>, <middle>
     gpt2      GPT-2's 50,256 tokens, <|endoftext|>, <blank>, <middle>
 
-No text gives a special id, whatever it spells. char and bpe put one space before non-empty text, as
-sentencepiece and llama2.c do, and `decode` takes it away. sentencepiece writes a space as U+2581, so that
-character itself goes as its three bytes, in char too.
+All are lossless, but for a sentencepiece model of others that has no bytes: what it has no piece for is unk,
+which spells nothing. No text gives a special id, whatever it spells. char and bpe put one space before text
+that is not empty, as sentencepiece and llama2.c do, and `decode` takes it away. sentencepiece writes a space
+as U+2581, so that character itself goes as its three bytes, in char too.
 """
 
 import base64
@@ -41,6 +42,7 @@ class Tokenizer:
 
     delimiter = 1  # begins every story: bos
     prefix = ' '
+    lossless = True
 
     def __init__(self, data, pieces):
         """data: its file's content. pieces: list of the bytes that each id, up to <blank>, stands for."""
@@ -85,6 +87,11 @@ class Tokenizer:
         As ids are added the text only grows, but for the U+FFFD at its end of a character not yet whole.
         """
         return b''.join([self._pieces[i] for i in ids]).decode('utf-8', 'replace').removeprefix(self.prefix)
+
+    def n_bytes(self, ids):
+        """How many bytes of UTF-8 `ids` (a 1-D array) spell, the space before each story not counted."""
+        sizes = np.array([len(piece) for piece in self._pieces])
+        return int(sizes[ids].sum()) - len(self.prefix) * int((ids == self.delimiter).sum())
 
     def state(self):
         """Plain values for a checkpoint; `tokenizer_from_state` is the way back."""
@@ -142,7 +149,7 @@ class CharTokenizer(Tokenizer):
 
 
 class BPETokenizer(Tokenizer):
-    """A sentencepiece model with byte fallback, its first ids in Llama's order."""
+    """A sentencepiece model, its first ids in Llama's order."""
 
     encoding = 'bpe'
     file_name = 'tokenizer.model'
@@ -161,11 +168,13 @@ class BPETokenizer(Tokenizer):
             raise ValueError('not a sentencepiece model') from None
         ids = range(model.get_piece_size())
         first = [model.unk_id(), model.bos_id(), model.eos_id(), *filter(model.is_byte, ids)]
-        if first != list(range(len(BYTE_PIECES))):
-            raise ValueError('its ids are not unk 0, bos 1, eos 2, the bytes 3 to 258')
-        texts = ['' if model.is_control(i) else model.id_to_piece(i) for i in ids[len(BYTE_PIECES) :]]
-        super().__init__(data, BYTE_PIECES + [text.replace(SPACE_MARK, ' ').encode() for text in texts])
-        self._mark = [FIRST_BYTE + byte for byte in SPACE_MARK.encode()]
+        if first not in (list(range(FIRST_BYTE)), list(range(len(BYTE_PIECES)))):
+            raise ValueError('its ids are not unk 0, bos 1, eos 2, and the bytes 3 to 258 or none')
+        texts = ['' if model.is_control(i) else model.id_to_piece(i) for i in ids[len(first):]]
+        pieces = [text.replace(SPACE_MARK, ' ').encode() for text in texts]
+        super().__init__(data, BYTE_PIECES[:len(first)] + pieces)
+        self.lossless = len(first) > FIRST_BYTE
+        self._mark = [FIRST_BYTE + byte for byte in SPACE_MARK.encode()] if self.lossless else [0]
 
     @classmethod
     def train(cls, texts, vocab_size):

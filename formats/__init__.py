@@ -6,46 +6,43 @@ What needs torch is imported where it is used, as prepare.py comes here for a to
 import json
 from pathlib import Path
 
-from data.tokenizer import BPETokenizer, load_tokenizer, tokenizer_from_state
+from data.tokenizer import load_tokenizer, tokenizer_from_state
+from data.vocabularies import in_cache, read_tokenizer
 from errors import UserError, reading
-from formats import gpt2
 
 
 def load_pretrained(path):
     """The model at `path` as a checkpoint of ours: of a pretrained one no step is done, and no setting known.
 
     path: a checkpoint (.pt, or a run's folder), a Hugging Face folder of the Llama or GPT-2 family (its
-    'tokenizer' may be None), a folder that export.py wrote as safetensors, or llama2.c's .bin with its
-    tokenizer beside it. Raises UserError where it is none of these, or is damaged.
+    'tokenizer' may be None) or cache, a folder that export.py wrote as safetensors, or llama2.c's .bin with
+    its tokenizer beside it. Raises UserError where it is none of these, or is damaged.
     """
+    path = in_cache(Path(path))
     if checkpoint := own_checkpoint(path):
         return checkpoint
     importer = importer_of(path)
     if not importer:
-        raise UserError(f'{path} is no model to begin with: name a Hugging Face folder (with config.json), '
-                        'a llama2.c model (.bin, tokenizer.bin beside it), or a run of ours (with best.pt)')
-    return importer.load(Path(path))
+        raise UserError(f'{path} is no model to begin with: name a Hugging Face folder (with config.json; hf '
+                        'download gpt2 --local-dir gpt2 makes one), a llama2.c model (.bin, tokenizer.bin '
+                        'beside it), or a run of ours (with best.pt)')
+    return importer.load(path)
 
 
 def open_tokenizer(path):
-    """The tokenizer of a prepared folder, a sentencepiece model, a folder with GPT-2's vocabulary, or what
-    `load_pretrained` reads. Raises UserError where `path` is none of these, or is damaged."""
-    path = Path(path)
+    """The tokenizer of a prepared folder, of what `load_pretrained` reads, its model there or not, or of what
+    `read_tokenizer` does. Raises UserError where `path` is none of these, or is damaged."""
+    path = in_cache(Path(path))
     if (path / 'meta.json').is_file():
         return load_tokenizer(path)
     with reading(path):
         if checkpoint := own_checkpoint(path):
-            tokenizer = tokenizer_from_state(checkpoint['tokenizer'], path)
-        elif path.suffix == '.model' and path.is_file():
-            tokenizer = BPETokenizer(path.read_bytes())
-        elif importer := importer_of(path):
-            tokenizer = importer.load_tokenizer(path)
-        else:
-            tokenizer = gpt2.from_folder(path)
-    if not tokenizer:
-        raise UserError(f'{path} is no tokenizer: name a checkpoint (.pt or its folder), a prepared folder, '
-                        'a sentencepiece model (.model), or a folder with vocab.json and merges.txt')
-    return tokenizer
+            return tokenizer_from_state(checkpoint['tokenizer'], path)
+        importer = importer_of(path)
+        if tokenizer := importer.load_tokenizer(path) if importer else read_tokenizer(path):
+            return tokenizer
+    raise UserError(f'{path} is no tokenizer: name a checkpoint (.pt or its folder), a prepared folder, '
+                    'tokenizer.model, .json or .bin, vocab.json, their folder, or a .txt for its characters')
 
 
 def own_checkpoint(path):
@@ -61,6 +58,9 @@ def importer_of(path):
     """The format that reads the pretrained model at `path`; None if none does."""
     path, config = Path(path), Path(path, 'config.json')
     if path.suffix == '.bin' and path.is_file():
+        with open(path, 'rb') as file:
+            if b'<unk>' in file.read(32):
+                return None  # a tokenizer.bin
         from formats.llama2c import Llama2c
         return Llama2c()
     if not config.is_file():

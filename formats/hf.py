@@ -5,10 +5,10 @@ import re
 
 import torch
 
-from data.tokenizer import SPACE_MARK
+from data.vocabularies import CONTROL, UNKNOWN, read_tokenizer
 from errors import UserError, reading
-from formats import base, gpt2, open_tokenizer
-from formats.pieces import CONTROL, NORMAL, UNKNOWN, gpt2_merges, merges_of, pieces_of, tokenizer_of
+from formats import base
+from formats.pieces import gpt2_merges, merges_of, pieces_of
 from model import GPTConfig
 
 # Their names of our choices; what a config.json says, or leaves out, of every model of ours
@@ -99,19 +99,7 @@ class HuggingFace(base.Importer):
             weights |= {name.replace('qkv', x): part for x, part in zip('qkv', parts, strict=False)}
         return config, weights
 
-    def load_tokenizer(self, path):
-        if (path / 'tokenizer.model').is_file():
-            return open_tokenizer(path / 'tokenizer.model')
-        file, tokenizer = path / 'tokenizer.json', gpt2.from_folder(path)
-        if tokenizer or not file.is_file():
-            return tokenizer
-        with reading(file):
-            model = json.loads(file.read_bytes())['model']
-            merged = [''.join(pair.split(' ') if isinstance(pair, str) else pair) for pair in model['merges']]
-            scores = {text: -float(rank) for rank, text in reversed([*enumerate(merged)])}
-            texts = {i: text for text, i in model['vocab'].items()}
-            return tokenizer_of([(texts[i].replace(SPACE_MARK, ' '), scores.get(texts[i], -1e9), NORMAL)
-                                 for i in range(len(texts))])
+    load_tokenizer = staticmethod(read_tokenizer)
 
 
 def write_tokenizer(path, tokenizer, block_size):
@@ -120,15 +108,12 @@ def write_tokenizer(path, tokenizer, block_size):
     pieces = pieces_of(tokenizer)
     vocab = {text: i for i, (text, _, _) in enumerate(pieces[:-2])}
     if tokenizer.encoding == 'gpt2':
-        merges = gpt2_merges(pieces)
-        theirs = Tokenizer(models.BPE(vocab, merges))
+        theirs = Tokenizer(models.BPE(vocab, gpt2_merges(pieces)))
         theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         theirs.decoder = decoders.ByteLevel()
-        (path / 'vocab.json').write_text(json.dumps(vocab))
-        lines = '\n'.join(['#version: 0.2', *map(' '.join, merges)])
-        (path / 'merges.txt').write_text(lines, encoding='utf-8')
     else:
-        theirs = Tokenizer(models.BPE(vocab, merges_of(pieces), unk_token='<unk>', byte_fallback=True))
+        theirs = Tokenizer(models.BPE(vocab, merges_of(pieces), unk_token='<unk>', fuse_unk=True,
+                                      byte_fallback=tokenizer.lossless))
         # Spaces stay spaces: then U+2581, which is no space, goes as its bytes.
         theirs.normalizer = normalizers.Prepend(' ')
         theirs.decoder = decoders.Sequence(

@@ -14,9 +14,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from errors import UserError, reading
-from formats import base, open_tokenizer
-from formats.pieces import BYTE, NORMAL, pieces_of, tokenizer_of
+from data.vocabularies import BYTE, NORMAL, read_tokenizer
+from errors import UserError
+from formats import base
+from formats.pieces import pieces_of
 from model import GPT, GPTConfig, angles
 
 MAGIC = 0x616B3432
@@ -118,22 +119,10 @@ class Llama2c(base.Importer):
         return config, base.interleave(config, weights, back=True)
 
     def load_tokenizer(self, path):
-        """Out of tokenizer.bin or else tokenizer.model, beside the model."""
-        file, sentencepiece = path.with_name('tokenizer.bin'), path.with_name('tokenizer.model')
-        if sentencepiece.is_file() and not file.is_file():
-            return open_tokenizer(sentencepiece)
-        if not file.is_file():
-            raise UserError(f'{path.parent} has no tokenizer.bin and no tokenizer.model: put its own there')
-        with reading(file):
-            data, offset, pieces = file.read_bytes(), 4, []
-            while offset < len(data):
-                score, length = struct.unpack_from('<fi', data, offset)
-                offset += 8 + length
-                if length < 1 or offset > len(data):
-                    raise ValueError(f'it breaks off at byte {offset:,}')
-                pieces.append((data[offset - length:offset].decode(), score, NORMAL))
-            infilling = '\0<blank>', '\0<middle>'
-            return tokenizer_of([piece for piece in pieces if piece[0] not in infilling])
+        """The one beside the model."""
+        if tokenizer := read_tokenizer(path.parent):
+            return tokenizer
+        raise UserError(f'{path.parent} has no tokenizer.bin and no tokenizer.model: put its own there')
 
 
 def spell(text, kind):

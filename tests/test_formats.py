@@ -1,6 +1,7 @@
 """Foreign formats against their descriptions and their own programs; what is refused of strangers' files."""
 
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -11,9 +12,11 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import requests
+import sentencepiece
 import tiktoken
 import torch
 from hypothesis import given, settings
@@ -22,12 +25,12 @@ from hypothesis import strategies as st
 from checkpoint import load_model
 from data.tiny_stories.sample_stories import stories
 from data.tokenizer import BPETokenizer, CharTokenizer, tokenizer_from_state
+from data.vocabularies import FIRST, NORMAL, from_file, load_gpt2, tokenizer_of
 from errors import UserError
-from formats import gpt2, load_pretrained, open_tokenizer
+from formats import load_pretrained, open_tokenizer
 from formats.gguf import GGUF
 from formats.hf import HuggingFace
 from formats.llama2c import Llama2c
-from formats.pieces import FIRST, NORMAL, tokenizer_of
 from formats.safetensors import Safetensors
 from model import GPT, GPTConfig
 
@@ -51,7 +54,13 @@ def gpt2_file(name):
 @cache
 def trained(encoding):
     if encoding == 'gpt2':
-        return gpt2.from_files(gpt2_file('encoder.json'), gpt2_file('vocab.bpe'))
+        return from_file(gpt2_file('encoder.json'))
+    if encoding == 'lossy':
+        file = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(STORIES), model_writer=file, vocab_size=105, model_type='bpe',
+            normalization_rule_name='identity', allow_whitespace_only_pieces=True, minloglevel=3)
+        return BPETokenizer(file.getvalue())
     return CharTokenizer.train(STORIES[:5]) if encoding == 'char' else BPETokenizer.train(STORIES, 600)
 
 
@@ -73,9 +82,9 @@ def write(fmt, tokenizer, path, **choices):
 
 
 @pytest.mark.parametrize('fmt, block, encoding', [
-    *((Llama2c(), block, encoding) for block in ({}, UNTIED) for encoding in ('char', 'bpe')),
+    *((Llama2c(), block, encoding) for block in ({}, UNTIED) for encoding in ('char', 'bpe', 'lossy')),
     *((fmt, block, encoding) for fmt in (HF, Safetensors()) for block, encoding in (
-        ({}, 'char'), (UNTIED, 'bpe'), ({'bias': True}, 'bpe'), (GPT2_BLOCK | UNTIED, 'char'),
+        ({}, 'char'), (UNTIED, 'bpe'), ({'bias': True}, 'bpe'), ({}, 'lossy'), (GPT2_BLOCK | UNTIED, 'char'),
         (GPT2_BLOCK, 'gpt2')))])
 def test_there_and_back_is_exact(tmp_path, fmt, block, encoding):
     tokenizer = trained(encoding)
@@ -86,6 +95,7 @@ def test_there_and_back_is_exact(tmp_path, fmt, block, encoding):
     torch.testing.assert_close(back['model'], dict(checkpoint['model']), rtol=0, atol=0)
     for read in tokenizer_from_state(back['tokenizer']), open_tokenizer(path):
         assert (read.encoding, read.vocab_size) == (tokenizer.encoding, tokenizer.vocab_size)
+        assert read.lossless == (encoding != 'lossy')
         assert all(read.encode(text) == tokenizer.encode(text) for text in STORIES[:9] + NASTY)
 
 
@@ -97,7 +107,7 @@ def test_which_path_is_what(tmp_path):
     assert load_pretrained(str(tmp_path))['iter'] == 2 and load_pretrained(tmp_path / 'ckpt.pt')['iter'] == 3
     bpe.save(tmp_path)
     assert open_tokenizer(tmp_path / 'tokenizer.model').state() == bpe.state()
-    for read, what in (open_tokenizer, r'tokenizer: .* \(.model\)'), (load_pretrained, 'model to begin with'):
+    for read, what in (open_tokenizer, r'tokenizer: .* vocab.json'), (load_pretrained, 'model to begin with'):
         with pytest.raises(UserError, match=f'absent is no {what}'):
             read(tmp_path / 'absent')
 
@@ -256,13 +266,14 @@ def test_a_folder_as_llama_has_it(tmp_path):
     model['vocab'] = {spell(text): i for text, i in model['vocab'].items()}
     model['merges'] = [' '.join(map(spell, pair)) for pair in model['merges']]
     path.write_text(json.dumps({'model': model}))
-    (tmp_path / 'vocab.json').write_text('{}')  # without merges.txt it is not GPT-2's
+    (tmp_path / 'vocab.json').write_text('{}')  # tokenizer.json is looked at first
     assert all(open_tokenizer(tmp_path).encode(text) == bpe.encode(text) for text in STORIES[:9] + NASTY)
     usual = 'rope_theta', 'rms_norm_eps', 'tie_word_embeddings', 'mlp_bias', 'hidden_act'
     about = {name: value for name, value in json.loads(config.read_text()).items() if name not in usual}
     config.write_text(json.dumps(about | {'rope_parameters': {'rope_type': 'default', 'rope_theta': 500.0}}))
     assert load_pretrained(tmp_path)['config'] == checkpoint['config']
     path.unlink()
+    (tmp_path / 'vocab.json').unlink()
     assert load_pretrained(tmp_path)['tokenizer'] is None
 
 
@@ -304,21 +315,33 @@ def test_what_strangers_may_do(tmp_path, monkeypatch, fmt, file, harm, message):
     assert '\n' not in str(error.value) and not Path('ran').exists()
 
 
-def test_gpt2_files_of_hugging_face(tmp_path):
+def test_gpt2_files_as_they_are_found(tmp_path):
+    """Any of them, by itself or in a folder with a config and no model, in the cache of Hugging Face too."""
     merges = gpt2_file('vocab.bpe').read_text(encoding='utf-8')
     vocab = json.dumps(json.loads(gpt2_file('encoder.json').read_bytes()), indent=1)
-
-    def read(**changed):
-        for name, text in ({'vocab.json': vocab, 'merges.txt': merges} | changed).items():
-            (tmp_path / name).write_bytes(text.encode())
-        return open_tokenizer(tmp_path).state()
-
-    for form in merges, merges.rstrip('\n'), merges.replace('\n', '\r\n'), merges.split('\n', 1)[1]:
-        assert read(**{'merges.txt': form}) == trained('gpt2').state()
-    for name, harm in (('merges.txt', merges.replace('h e\n', '', 1)), ('merges.txt', merges + 'Ġ Ω\n'),
-                       ('vocab.json', vocab.replace('"!"', '"!!!!!"')), ('vocab.json', vocab[:-9])):
-        with pytest.raises(UserError, match=f"{name} is not GPT-2's.*--tokenizer FOLDER"):
-            read(**{name: harm})
+    pairs = [line.split(' ') for line in merges.splitlines()[1:]]
+    whole = json.dumps({'version': '1.0', 'added_tokens': [{'id': 50256, 'content': '<|endoftext|>'}],
+                        'model': {'type': 'BPE', 'vocab': json.loads(vocab), 'merges': pairs}})
+    files = {'vocab.json': vocab, 'encoder.json': vocab, 'tokenizer.json': whole, 'vocab.bpe': merges,
+             'merges.txt': merges.replace('\n', '\r\n')}
+    for name, content in files.items():
+        cache = tmp_path / name / 'hub'
+        folder = cache / 'models--gpt2' / 'snapshots' / '607a30d'
+        folder.mkdir(parents=True)
+        (cache / 'models--other--one' / 'snapshots' / 'f').mkdir(parents=True)
+        (folder.parent / 'older').mkdir()
+        (folder / name).write_bytes(content.encode())
+        (folder / 'config.json').write_text('{"model_type": "gpt2", "n_layer": 12}')
+        for path in folder / name, folder, cache / 'models--gpt2', cache:
+            assert open_tokenizer(path).state() == trained('gpt2').state()
+        with pytest.raises(UserError, match=r'has no model\.safetensors'):
+            load_pretrained(cache)
+    for name, harm in (
+            ('merges.txt', merges.replace('h e\n', '', 1)), ('merges.txt', merges + '\u0120 \u03a9\n'),
+            ('vocab.json', vocab.replace('"!"', '"!!!!!"')), ('tokenizer.json', whole[:-9])):
+        (tmp_path / name / name).write_text(harm, encoding='utf-8')
+        with pytest.raises(UserError, match=f"{name} is (not GPT-2's|damaged)"):
+            open_tokenizer(tmp_path / name / name)
 
 
 def test_gpt2_is_downloaded_into_the_cache_and_read_there(tmp_path, monkeypatch):
@@ -326,14 +349,20 @@ def test_gpt2_is_downloaded_into_the_cache_and_read_there(tmp_path, monkeypatch)
         raise OSError('no network')
 
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path))
     monkeypatch.setattr(tiktoken.registry, 'ENCODINGS', {})
-    for offline, message in (False, r'downloaded \(ConnectionError'), (True, r"not in .* \(tiktoken's"):
+    for offline, message in (False, r'downloaded \(ConnectionError\)'), (True, rf"'s\) or {tmp_path}"):
         monkeypatch.setattr(socket, 'getaddrinfo', None if offline else no_network)  # None: nobody asks
-        with pytest.raises(UserError, match=rf'{message}\): type --tokenizer FOLDER'):
-            gpt2.load(offline)
+        with pytest.raises(UserError, match=rf'{message}: .*hf download gpt2 .* --tokenizer gpt2'):
+            load_gpt2(offline)
+    snapshot = tmp_path / 'models--openai-community--gpt2' / 'snapshots' / '607a30d'
+    snapshot.mkdir(parents=True)
+    shutil.copy(gpt2_file('encoder.json'), snapshot / 'vocab.json')
+    assert load_gpt2().state() == trained('gpt2').state()
+    shutil.rmtree(snapshot)
     with monkeypatch.context() as online:
         online.setattr(requests, 'head', lambda url, timeout: None)
         online.setattr(tiktoken.load, 'read_file', lambda url: gpt2_file(url.split('/')[-1]).read_bytes())
-        gpt2.load()
+        load_gpt2()
     monkeypatch.setattr(socket, 'socket', no_network)
-    assert gpt2.load(offline=True).state() == gpt2.load().state() == trained('gpt2').state()
+    assert load_gpt2(offline=True).state() == load_gpt2().state() == trained('gpt2').state()

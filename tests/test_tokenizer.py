@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from data.tokenizer import CLASSES, BPETokenizer, CharTokenizer, cut, load_tokenizer, tokenizer_from_state
+from data.vocabularies import from_file
 from errors import SettingError, UserError
-from formats import gpt2 as gpt2_files
 
 CORPUS = [
     'Once upon a time, there was a little dog named Max. Max liked to run in the park.\n\n"Hi!" said Lily.',
@@ -43,7 +43,7 @@ def make(encoding):
         return CharTokenizer.train(CORPUS)
     if encoding == 'bpe':
         return BPETokenizer.train(CORPUS, 400)
-    return gpt2_files.from_files(GPT2_FILES / 'encoder.json', GPT2_FILES / 'vocab.bpe')
+    return from_file(GPT2_FILES / 'encoder.json')
 
 
 @pytest.fixture(scope='module', params=ENCODINGS)
@@ -206,8 +206,15 @@ def test_sentencepiece_models_of_others():
             sentence_iterator=iter(CORPUS), model_writer=files[-1], byte_fallback=fallback, **options)
     tokenizer = BPETokenizer(files[0].getvalue())
     assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in [*NASTY, *CORPUS])
-    with pytest.raises(ValueError, match='the bytes 3 to 258'):
-        BPETokenizer(files[1].getvalue())
+    lossy = BPETokenizer(files[1].getvalue())
+    assert (tokenizer.lossless, lossy.lossless) == (True, False) and lossy.vocab_size < 200
+    assert lossy.decode(lossy.encode(' Max ran,  and ')) == ' Max ran,  and '
+    assert lossy.decode(lossy.encode('Max \u2581\u4f60 ran\U0001f600.')) == 'Max  ran.'
+    other = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS), model_writer=other, unk_id=2, bos_id=0, eos_id=1, **options)
+    with pytest.raises(ValueError, match='the bytes 3 to 258 or none'):
+        BPETokenizer(other.getvalue())
 
 
 def test_copies_are_the_same(tokenizer, tmp_path):

@@ -23,8 +23,10 @@ from configurator import configure, in_range, one_of
 from data import infill
 from data.shards import ShardWriter, replacing
 from data.stories import load_stories
+from data.streams import token_files, write_streams
 from data.tiny_stories import sample_stories
 from data.tokenizer import BPETokenizer, CharTokenizer, characters
+from data.vocabularies import load_gpt2
 from errors import SettingError, UserError, be_a_worker, run
 
 source = 'roneneldan/TinyStories'  # user/name on the hub, a local file or folder, or sample (built in)
@@ -33,7 +35,7 @@ encoding_type = 'auto'  # char, bpe or gpt2; auto: bpe for the built-in corpus, 
 # 4096 and not 30,000: at 288 wide, 30,000 rows of the embedding are 8.6M parameters, more than all layers
 # of a 15M model; and the few words of these stories are nearly all whole tokens in 4096 rows already.
 vocab_size = 0  # of bpe, the two infilling tokens counted; 0: 4096, and 1536 for the built-in corpus
-tokenizer = ''  # of a checkpoint, a prepared folder, a .model, a folder with GPT-2's, a pretrained model
+tokenizer = ''  # of a checkpoint, a prepared folder, a pretrained model, a file, or characters of a .txt
 data_percentage = 100.0  # of the stories to use; a smaller share is part of a larger one
 val_percentage = 1.0  # of the stories to hold out for validation, where the source has no validation split
 infill_rate = 0.0  # share of the stories, 0 to 1, turned around so that a model learns to write middles
@@ -67,9 +69,9 @@ def given_tokenizer():
     """The tokenizer that the settings name; None where one is to be learned."""
     if not tokenizer and encoding() != 'gpt2':
         return None
-    from formats import gpt2, open_tokenizer
+    from formats import open_tokenizer
 
-    enc = open_tokenizer(tokenizer) if tokenizer else gpt2.load(offline)
+    enc = open_tokenizer(tokenizer) if tokenizer else load_gpt2(offline)
     if encoding_type not in ('auto', enc.encoding):
         raise SettingError(f'{tokenizer} is {enc.encoding}: leave out --encoding_type {encoding_type}')
     return enc
@@ -91,10 +93,15 @@ def alphabet(batch):
 
 
 def encode(batch, enc, rate):
-    """One row: the stories' tokens, how many of them were infilled, and how many were too short for it."""
+    """One row: the stories' tokens, how many of them were infilled, how many were too short for it, and how
+    many characters were lost, as the tokenizer has nothing for them."""
     ids, kinds = infill.encode(enc, batch['text'], rate)
     _, infilled, too_short = np.bincount(kinds, minlength=3)
-    return {'ids': [ids.tobytes()], 'infilled': [infilled], 'too_short': [too_short]}
+    lost = 0
+    if not enc.lossless:  # a space stands before each text that there is, and `decode` takes one away
+        spaces = np.isin(ids, (enc.delimiter, enc.blank)).sum() - 1
+        lost = sum(map(len, batch['text'])) - len(enc.decode(ids)) + spaces
+    return {'ids': [ids.tobytes()], 'infilled': [infilled], 'too_short': [too_short], 'lost': [lost]}
 
 
 def map_piece(rows, stories, function, columns, cache, arguments):
@@ -177,7 +184,7 @@ def learn(stories, rows, size, cache):
 
 def write_shards(split, stories, rows, size, enc, rate, folder, cache):
     """Writes the shards of a split into `folder`. Returns its entry of meta.json."""
-    writer, counts = ShardWriter(folder, split), {'infilled': 0, 'too_short': 0}
+    writer, counts = ShardWriter(folder, split), {'infilled': 0, 'too_short': 0, 'lost': 0}
     columns = {'ids': 'large_binary'} | dict.fromkeys(counts, 'int64')
     for piece in each_piece(stories, rows, encode, columns, cache, enc=enc, rate=rate):
         for row in piece:
@@ -194,31 +201,41 @@ def main():
     folder = Path(out_dir).expanduser() if out_dir else _HERE
     enc = given_tokenizer()
     with replacing(folder) as (new, cache):
-        # the stories, and which of them are for training and which for validation
-        sample = partial(sample_stories.stories, 22_000, seed)
-        loaded, remark = load_stories(source, cache, sample, data_percentage, offline, text_column)
-        stories, used, blank = choose(loaded, cache)
+        if files := token_files(source) if enc else {}:
+            if infill_rate:
+                raise SettingError(f'infill_rate is for stories, and {source} has tokens: leave it out')
+            shares = val_percentage / 100, data_percentage / 100
+            splits, said = write_streams(files, enc, tokenizer, *shares, new)
+        else:
+            # the stories, and which of them are for training and which for validation
+            sample = partial(sample_stories.stories, 22_000, seed)
+            loaded, remark = load_stories(source, cache, sample, data_percentage, offline, text_column)
+            stories, used, blank = choose(loaded, cache)
+            n_train, n_val = (len(rows) for rows, _ in used.values())
+            said = [f'stories: {n_train:,} for training, {n_val:,} for validation, {blank:,} blank',
+                    *[remark] * bool(remark)]
 
-        # their tokens, by a tokenizer that is given or learned
-        enc = enc or learn(stories, *used['train'], cache)
-        rate = infill_rate if len(stories) > 2 else 0.0  # a document, divided, stays plain
-        splits = {split: write_shards(split, stories, *chosen, enc, rate, new, cache)
-                  for split, chosen in used.items()}
-        if infill_rate and not splits['train']['infilled']:
-            raise UserError(f'no story of {source} can be infilled: leave out --infill_rate')
+            # their tokens, by a tokenizer that is given or learned
+            enc = enc or learn(stories, *used['train'], cache)
+            rate = infill_rate if len(stories) > 2 else 0.0  # a document, divided, stays plain
+            splits = {split: write_shards(split, stories, *chosen, enc, rate, new, cache)
+                      for split, chosen in used.items()}
+            if infill_rate and not splits['train']['infilled']:
+                raise UserError(f'no story of {source} can be infilled: leave out --infill_rate')
         enc.save(new)
         meta = enc.about() | {'source': source, 'infill_rate': infill_rate, 'splits': splits}
         (new / 'meta.json').write_text(json.dumps(meta, indent=1) + '\n', encoding='utf-8')
 
     seconds = time.perf_counter() - began
-    train, val = splits.values()
-    size, tokens = train['bytes'] + val['bytes'], train['tokens'] + val['tokens']
-    print(f"stories: {train['stories']:,} for training, {val['stories']:,} for validation, {blank:,} blank")
-    if remark:
-        print(remark)
+    total = {key: sum(split.get(key, 0) for split in splits.values())
+             for key in ('tokens', 'bytes', 'infilled', 'too_short', 'lost')}
+    print(*said, sep='\n')
     if infill_rate:
-        infilled, too_short = (train[key] + val[key] for key in ('infilled', 'too_short'))
-        print(f'for infilling: {infilled:,}; {too_short:,} chosen but plain, as shorter than three sentences')
+        print(f"for infilling: {total['infilled']:,}; {total['too_short']:,} chosen but plain, as shorter "
+              'than three sentences')
+    if total['lost']:
+        print(f"lost: {total['lost']:,} characters, for which {tokenizer} has no piece and no bytes")
+    size, tokens = total['bytes'], total['tokens']
     print(f'tokens: {tokens:,} of {size / tokens:.2f} bytes each ({enc.encoding}, {enc.vocab_size:,} ids)')
     print(f'text: {size / 1e6:.1f} MB in {seconds:.1f} s, {size / 1e6 / seconds:.1f} MB/s')
     recipe = '_'.join(['quickstart'] * (source == 'sample') + ['infill'] * (infill_rate > 0))
