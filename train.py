@@ -69,7 +69,7 @@ beta1 = 0.9  # of AdamW
 beta2 = 0.95  # of AdamW
 grad_clip = 1.0  # largest gradient norm; 0: not clipped
 # what a run shows
-eval_interval = 500  # steps between evaluations, each with a checkpoint and a sampled story
+eval_interval = 500  # steps between evaluations, each with a checkpoint and a sampled story; 0: an epoch
 eval_iters = 0  # batches an evaluation; 0: the whole validation split
 patience = 0  # evaluations without a lower loss that end the run; 0: none do
 save_interval = 0  # steps between checkpoints that are kept, as ckpt_STEP.pt; 0: the last and the best alone
@@ -95,11 +95,10 @@ def checkpoint_settings(settings):
 def check_settings():
     """Refuse what no run can mean. Raises SettingError."""
     in_range(at_least=1, block_size=block_size, batch_size=batch_size, max_iters=max_iters,
-             gradient_accumulation_steps=gradient_accumulation_steps, eval_interval=eval_interval,
-             log_interval=log_interval)
+             gradient_accumulation_steps=gradient_accumulation_steps, log_interval=log_interval)
     in_range(at_least=0, learning_rate=learning_rate, warmup_iters=warmup_iters, weight_decay=weight_decay,
              grad_clip=grad_clip, eval_iters=eval_iters, max_epochs=max_epochs, patience=patience,
-             save_interval=save_interval)
+             eval_interval=eval_interval, save_interval=save_interval)
     in_range(at_least=0, below=2**63, seed=seed)
     in_range(at_least=0, below=1, beta1=beta1, beta2=beta2)
     one_of(('muon', 'adamw'), optimizer=optimizer)
@@ -243,7 +242,8 @@ def main():
     tokenizer = load_tokenizer(folder)
     batches = Batches(train_split, block_size, batch_size, gradient_accumulation_steps, seed, rank,
                       world_size)
-    n_iters = math.ceil(max_epochs * batches.n_windows / batches.sequences) if max_epochs else max_iters
+    epoch = batches.n_windows / batches.sequences  # steps
+    n_iters, eval_every = math.ceil(max_epochs * epoch) or max_iters, eval_interval or math.ceil(epoch)
     infill_val = infill_rows(val_split, block_size)
 
     # the model, and where it begins or goes on --------------------------------
@@ -280,7 +280,7 @@ def main():
     for micro_batches in batches.ahead(it):  # endless: those of step `it`, as numpy arrays
         # once in a while: evaluate, save, show a story
         ended, keep = it == n_iters, save_interval > 0 and it % save_interval == 0
-        if it % eval_interval == 0 or ended:
+        if it % eval_every == 0 or ended:
             model.eval()
             with context:
                 result = evaluate(compiled_score, val_split, block_size, batch_size, infill_val, train_split,
@@ -288,7 +288,7 @@ def main():
             stopping = result is None
             if is_best := not stopping and result['val_loss'] < best_val_loss:
                 best_val_loss, best_iter = result['val_loss'], it
-            ended = ended or 0 < patience * eval_interval <= it - best_iter
+            ended = ended or 0 < patience * eval_every <= it - best_iter
             if master_process and not stopping:
                 print(f'step {it}: ' + ', '.join(f'{name} {value:.4f}' for name, value in result.items()))
                 run_folder.record(iter=it, **result)

@@ -78,8 +78,9 @@ def load_gpt2(offline=False):
 
 def in_cache(path):
     """The fullest snapshot that Hugging Face's cache has of a model, if `path` is the model's folder there
-    (models--gpt2 is one), or a cache that has GPT-2's; else `path` itself."""
-    models = path, path / 'models--gpt2', path / 'models--openai-community--gpt2'
+    (models--gpt2 is one), or a folder with GPT-2's in it or one below; else `path` itself."""
+    gpt2 = 'models--gpt2', 'models--openai-community--gpt2'
+    models = path, *(model for name in gpt2 for place in (name, f'*/{name}') for model in path.glob(place))
     snapshots = [snapshot for model in models for snapshot in model.glob('snapshots/*')]
     return max(snapshots, key=lambda snapshot: len([*snapshot.iterdir()]), default=path)
 

@@ -332,7 +332,7 @@ def test_gpt2_files_as_they_are_found(tmp_path):
         (folder.parent / 'older').mkdir()
         (folder / name).write_bytes(content.encode())
         (folder / 'config.json').write_text('{"model_type": "gpt2", "n_layer": 12}')
-        for path in folder / name, folder, cache / 'models--gpt2', cache:
+        for path in folder / name, folder, cache / 'models--gpt2', cache, cache.parent:
             assert open_tokenizer(path).state() == trained('gpt2').state()
         with pytest.raises(UserError, match=r'has no model\.safetensors'):
             load_pretrained(cache)

@@ -59,7 +59,7 @@ def reverse():
 
 # Values that are refused, by the settings' own names, before anything is read
 REFUSED = {
-    TRAIN: 'n_layer=0 batch_size=0 gradient_accumulation_steps=0 max_iters=0 eval_interval=0 log_interval=0 '
+    TRAIN: 'n_layer=0 batch_size=0 gradient_accumulation_steps=0 max_iters=0 eval_interval=-1 log_interval=0 '
            'learning_rate=-1 warmup_iters=-1 weight_decay=-1 grad_clip=-1 eval_iters=-1 seed=-1 beta1=1 '
            'beta2=1 block_size=0 optimizer=sgd compile=yes device=tpu device=cuda:9 dtype=int8',
     SAMPLE: 'ckpt=old num_samples=0 max_new_tokens=0 temperature=-1 top_k=-1 seed=-1 top_p=0 top_p=2',
