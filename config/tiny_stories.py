@@ -7,9 +7,9 @@
     torchrun --standalone --nproc_per_node=8 train.py config/tiny_stories.py
 
 Why this size: a token costs 0.19 GFLOP at 27.4M parameters, so the 2.6 billion tokens of this run are 5e17,
-an hour at the 140 TFLOP/s that 45% of an A100's peak would be (reckoned, not measured). Chinchilla's 20 tokens
-a parameter would make it 65M parameters and half the tokens; the loss is flat around that optimum, and the
-smaller model writes twice as fast, also on a laptop. With less time take fewer steps (--max_iters 3000).
+an hour at the 140 TFLOP/s that 45% of an A100's peak would be (reckoned, not measured). By Chinchilla's 20
+tokens a parameter it would be 65M parameters and half the tokens; the loss is flat around that optimum, and
+the smaller model writes twice as fast, also on a laptop. With less time take fewer steps (--max_iters 3000).
 """
 
 out_dir = 'out-tiny-stories'
