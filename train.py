@@ -7,6 +7,7 @@
     torchrun --standalone --nproc_per_node=8 train.py config/tiny_stories.py
 """
 
+import atexit
 import gc
 import math
 import shlex
@@ -182,9 +183,7 @@ def begin_from(pretrained, model, tokenizer):
 
 def go_on(checkpoint, model, optimizers, scaler, data, n_iters):
     """Put back the state of a run; returns the step it is at, its best loss so far and the step of that.
-
-    Raises SettingError where the model or the data are not those that it had.
-    """
+    Raises SettingError where the model or the data are not those that it had."""
     now = asdict(model.config) | {'optimizer': optimizer}
     before = checkpoint['config'] | {'optimizer': checkpoint['settings'].get('optimizer', optimizer)}
     for name in before:
@@ -196,8 +195,7 @@ def go_on(checkpoint, model, optimizers, scaler, data, n_iters):
                            f"{data[:12]}, the run's {checkpoint['fingerprint'][:12]}): prepare it as before, "
                            'or name another --out_dir')
     if checkpoint['iter'] > n_iters:
-        raise SettingError(f"max_{'epochs' if max_epochs else 'iters'} makes {n_iters} steps, but "
-                           f"{out_dir}/ckpt.pt is at step {checkpoint['iter']}")
+        raise SettingError(f"{n_iters} steps are asked for, but {out_dir}/ckpt.pt has {checkpoint['iter']}")
     model.load_state_dict(checkpoint['model'])
     if checkpoint['scaler']:  # else the run was not in float16 so far
         scaler.load_state_dict(checkpoint['scaler'])
@@ -277,6 +275,7 @@ def main():
     start_it = logged_it = it
     gc.collect()
     gc.freeze()  # what there is by now is never garbage, and is not looked through again
+    atexit.register(gc.unfreeze)  # or torch 2.15 says at the end that it leaked
     for micro_batches in batches.ahead(it):  # endless: those of step `it`, as numpy arrays
         # once in a while: evaluate, save, show a story
         ended, keep = it == n_iters, save_interval > 0 and it % save_interval == 0
@@ -285,6 +284,8 @@ def main():
             with context:
                 result = evaluate(compiled_score, val_split, block_size, batch_size, infill_val, train_split,
                                   eval_iters, torch_device, rank, world_size, lambda: bool(caught))
+                if master_process and result:
+                    story = sample_story(model, tokenizer, seed, lambda: bool(caught))
             stopping = result is None
             if is_best := not stopping and result['val_loss'] < best_val_loss:
                 best_val_loss, best_iter = result['val_loss'], it
@@ -294,8 +295,6 @@ def main():
                 run_folder.record(iter=it, **result)
                 run_folder.save(checkpoint(it, best_val_loss, best_iter), is_best, keep)
                 run_folder.plot()
-                with context:
-                    story = sample_story(model, tokenizer, seed, lambda: bool(caught))
                 print('   ', story.replace('\n', '\n    '), flush=True)
             model.train()
         elif master_process and keep:

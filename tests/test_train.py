@@ -99,7 +99,7 @@ def test_a_run_ends_by_epochs(quick, data, tmp_path, capsys):
     assert f'; {steps} steps by max_epochs are 0.1' in capsys.readouterr().out
     rates = [line['lr'] for line in metrics(tmp_path / 'out') if 'lr' in line]
     assert rates == pytest.approx([1e-3 * train.lr_factor(it, steps) for it in range(steps)])
-    with pytest.raises(SettingError, match=f'max_epochs makes 1 steps, but .* is at step {steps}'):
+    with pytest.raises(SettingError, match=f'1 steps are asked for, but .* has {steps}'):
         quick([3.0], '--init_from=resume', '--max_epochs=0.001')
 
 
@@ -199,7 +199,7 @@ def test_an_overflow_changes_nothing_but_the_scale(quick, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize('flag, message', [
-    ('--max_iters=1', 'max_iters makes 1 steps, but .*ckpt.pt is at step 2'),
+    ('--max_iters=1', '1 steps are asked for, but .*ckpt.pt has 2'),
     ('--optimizer=muon', 'optimizer is muon, but .*ckpt.pt has adamw')])
 def test_a_run_does_not_go_on_as_another(quick, flag, message):
     quick([3.0, 3.0], '--max_iters=2')
