@@ -38,7 +38,7 @@ def load_stories(source, cache, sample, percentage=100.0, offline=False, column=
     """
     path, why = Path(source).expanduser(), ''
     on_hub = re.fullmatch(HUB_NAME, source) if not path.exists() and kind(path) not in LOADERS else None
-    if on_hub and (why := unreachable(offline)):
+    if not on_hub or (why := unreachable(offline)):  # else the library asks the hub about local files, too
         os.environ['HF_HUB_OFFLINE'] = os.environ['HF_DATASETS_OFFLINE'] = '1'  # read when it is imported
     import datasets
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)

@@ -93,6 +93,13 @@ class Tokenizer:
         sizes = np.array([len(piece) for piece in self._pieces])
         return int(sizes[ids].sum()) - len(self.prefix) * int((ids == self.delimiter).sum())
 
+    def n_lost(self, texts, ids):
+        """How many characters of `texts`, which data/infill.py has encoded, are not in their `ids`."""
+        if self.lossless:
+            return 0
+        spaces = np.isin(ids, (self.delimiter, self.blank)).sum() - 1  # of which `decode` takes one away
+        return sum(map(len, texts)) - len(self.decode(ids)) + spaces
+
     def state(self):
         """Plain values for a checkpoint; `tokenizer_from_state` is the way back."""
         return {'encoding': self.encoding, 'files': self.files}

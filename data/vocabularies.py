@@ -25,8 +25,8 @@ INFILLING = [('<blank>', 0.0, CONTROL), ('<middle>', 0.0, CONTROL)]
 VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 HIDDEN = [byte for byte in range(256) if byte not in VISIBLE]
 GPT2_BYTES = {chr(byte): byte for byte in VISIBLE} | {chr(0x100 + i): byte for i, byte in enumerate(HIDDEN)}
-FILES = ('tokenizer.bin', 'tokenizer.model', 'tokenizer.json', 'vocab.json', 'encoder.json', 'merges.txt',
-         'vocab.bpe')
+FILES = ('tokenizer.bin', 'tokenizer.model', 'tokenizer.tiktoken', 'tokenizer.json', 'vocab.json',
+         'encoder.json', 'merges.txt', 'vocab.bpe')
 URL = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'  # where tiktoken has it from
 HELP = ('where there is internet, hf download gpt2 vocab.json --local-dir gpt2; bring this folder over, then '
         'type --tokenizer gpt2')
@@ -37,7 +37,7 @@ def read_tokenizer(path):
     that of its characters."""
     if path.is_dir():
         path = next((path / name for name in FILES if (path / name).is_file()), path)
-    if path.suffix not in ('.bin', '.model', '.json', '.txt', '.bpe') or not path.is_file():
+    if path.suffix not in ('.bin', '.model', '.tiktoken', '.json', '.txt', '.bpe') or not path.is_file():
         return None
     with reading(path):
         data = path.read_bytes()
@@ -45,6 +45,8 @@ def read_tokenizer(path):
             return from_bin(data)
         if path.suffix == '.model':
             return BPETokenizer(data)
+        if path.suffix == '.tiktoken':
+            return GPT2Tokenizer(data)
         if path.suffix == '.txt' and path.name != 'merges.txt':
             return CharTokenizer.train([path.read_text(encoding='utf-8')])
         content = json.loads(data) if path.suffix == '.json' else {}
@@ -60,11 +62,13 @@ def load_gpt2(offline=False):
     """From a cache, else downloaded into tiktoken's; `offline` opens no socket. UserError on failure."""
     import requests
     import tiktoken
-    from huggingface_hub.constants import HF_HUB_CACHE
     temporary = os.path.join(tempfile.gettempdir(), 'data-gym-cache')
     cache = os.environ.get('TIKTOKEN_CACHE_DIR', os.environ.get('DATA_GYM_CACHE_DIR', temporary))
     own = Path(cache, hashlib.sha1(f'{URL}encoder.json'.encode()).hexdigest())
-    files = own, *(in_cache(Path(HF_HUB_CACHE)) / name for name in ('vocab.json', 'tokenizer.json'))
+    # not asked of its library, which would decide now whether it is offline
+    home = os.environ.get('HF_HOME', os.environ.get('XDG_CACHE_HOME', '~/.cache') + '/huggingface')
+    hub = Path(os.environ.get('HF_HUB_CACHE', f'{home}/hub')).expanduser()
+    files = own, *(in_cache(hub) / name for name in ('vocab.json', 'tokenizer.json'))
     try:
         if not offline and not any(file.is_file() for file in files):
             requests.head(URL, timeout=5)  # tiktoken waits for the network without limit
@@ -72,8 +76,7 @@ def load_gpt2(offline=False):
         return from_file(next((file for file in files if file.is_file()), own))
     except (OSError, ValueError) as error:  # absent; no connection, no room in the cache, another hash
         how = '' if offline else f' and cannot be downloaded ({type(error).__name__})'
-        where = f"{cache} (tiktoken's) or {HF_HUB_CACHE}"
-        raise UserError(f"GPT-2's vocabulary is not in {where}{how}: {HELP}") from None
+        raise UserError(f"GPT-2's vocabulary is not in {cache} (tiktoken's) or {hub}{how}: {HELP}") from None
 
 
 def in_cache(path):

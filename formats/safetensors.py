@@ -3,6 +3,7 @@
 import json
 
 from data.tokenizer import CLASSES
+from data.vocabularies import read_tokenizer
 from formats import base
 from model import GPTConfig
 
@@ -25,9 +26,7 @@ class Safetensors(base.Importer):
         return config, load_file(path / 'model.safetensors')
 
     def load_tokenizer(self, path):
-        about = json.loads((path / 'config.json').read_bytes())
-        kind = CLASSES[about['encoding']]
-        tokenizer = kind((path / kind.file_name).read_bytes())
-        if tokenizer.vocab_size != about['config']['vocab_size']:
-            raise ValueError(f'{kind.file_name} is of another model')
+        tokenizer = read_tokenizer(path)
+        if tokenizer.vocab_size != json.loads((path / 'config.json').read_bytes())['config']['vocab_size']:
+            raise ValueError(f'{tokenizer.file_name} is of another model')
         return tokenizer

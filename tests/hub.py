@@ -38,7 +38,8 @@ class Handler(BaseHTTPRequestHandler):
         elif kind == 'resolve':
             self.send_file(path, files[path])
         elif kind == 'tree':
-            self.answer(200, json.dumps(self.tree(path and path + '/')).encode(), {})
+            everything = 'recursive=true' in self.path.lower()
+            self.answer(200, json.dumps(self.tree(path and path + '/', everything)).encode(), {})
         else:
             siblings = [{'rfilename': path} for path in files]
             self.answer(200, json.dumps({'id': name, 'sha': COMMIT, 'siblings': siblings}).encode(), {})
@@ -56,9 +57,10 @@ class Handler(BaseHTTPRequestHandler):
             sent = self.server.break_off.pop(path, None)
         self.answer(206 if start else 200, data[start:], headers, sent)
 
-    def tree(self, folder):
+    def tree(self, folder, everything):
         files = self.server.files
         paths = {folder + path[len(folder):].split('/')[0] for path in files if path.startswith(folder)}
+        paths |= {*files} if everything else {*()}
         return [{'type': 'file' if path in files else 'directory', 'path': path, 'oid': COMMIT,
                  'size': len(files.get(path, ''))} for path in sorted(paths)]
 

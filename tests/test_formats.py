@@ -12,7 +12,6 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import pytest
 import requests
@@ -349,7 +348,7 @@ def test_gpt2_is_downloaded_into_the_cache_and_read_there(tmp_path, monkeypatch)
         raise OSError('no network')
 
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))
-    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path))
+    monkeypatch.setenv('HF_HUB_CACHE', str(tmp_path))
     monkeypatch.setattr(tiktoken.registry, 'ENCODINGS', {})
     for offline, message in (False, r'downloaded \(ConnectionError\)'), (True, rf"'s\) or {tmp_path}"):
         monkeypatch.setattr(socket, 'getaddrinfo', None if offline else no_network)  # None: nobody asks

@@ -332,9 +332,10 @@ sys.addaudithook(refuse)
 @pytest.mark.parametrize('source, environment, status, says', [
     ('someone/stories', {}, 1, 'we are offline: type --source sample'),
     ('someone/stories', {'HF_HUB_OFFLINE': '1'}, 1, 'we are offline: type --source sample'),
-    ('big.txt', {}, 0, '')])
+    ('big.txt', {}, 0, ''), ('big.parquet', {}, 0, ''), ('big.parquet', {'HF_HOME': '/nowhere'}, 0, '')])
 def test_offline_connects_to_nothing(tmp_path, start, source, environment, status, says):
-    write(tmp_path / 'big.txt', BIG)
+    if not source.startswith('someone'):
+        write(tmp_path / source, BIG)
     (tmp_path / 'sitecustomize.py').write_text(NO_CONNECTION)  # which Python imports first
     flags = [] if environment else ['--offline']
     ended = end(start('--source', source, *flags, **environment, PYTHONPATH=str(tmp_path)))

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from configurator import configure, in_range, one_of
 from data import infill
+from data.bundle import unpack, write_bundle
 from data.shards import ShardWriter, replacing
 from data.stories import load_stories
 from data.streams import token_files, write_streams
@@ -28,8 +29,9 @@ from data.tiny_stories import sample_stories
 from data.tokenizer import BPETokenizer, CharTokenizer, characters
 from data.vocabularies import load_gpt2
 from errors import SettingError, UserError, be_a_worker, run
+from formats import open_tokenizer
 
-source = 'roneneldan/TinyStories'  # user/name on the hub, a local file or folder, or sample (built in)
+source = 'roneneldan/TinyStories'  # user/name on the hub, a file, folder or bundle, or sample (built in)
 text_column = ''  # of the stories, in a table; '' is text or story
 encoding_type = 'auto'  # char, bpe or gpt2; auto: bpe for the built-in corpus, char for all others
 # 4096 and not 30,000: at 288 wide, 30,000 rows of the embedding are 8.6M parameters, more than all layers
@@ -43,6 +45,7 @@ out_dir = ''  # where the data goes; '' is the folder of this script
 num_proc = 0  # worker processes; 0 is one a core
 seed = 1337  # of the built-in corpus, and of the sample that bpe learns from
 offline = False  # open no connection: take hub datasets and GPT-2's vocabulary from their caches
+bundle = ''  # only write this .tar: the source, GPT-2's vocabulary and requirements, for where is no internet
 
 _HERE = Path(__file__).resolve().parent
 _LEARN_BYTES = 100_000_000  # of stories that bpe learns from, at most
@@ -65,13 +68,12 @@ def encoding():
     return {'auto': 'bpe' if source == 'sample' else 'char'}.get(encoding_type, encoding_type)
 
 
-def given_tokenizer():
-    """The tokenizer that the settings name; None where one is to be learned."""
+def given_tokenizer(bundled):
+    """The tokenizer that the settings name, GPT-2's maybe in the folder `bundled`; None: to be learned."""
     if not tokenizer and encoding() != 'gpt2':
         return None
-    from formats import open_tokenizer
-
-    enc = open_tokenizer(tokenizer) if tokenizer else load_gpt2(offline)
+    found = tokenizer or (bundled if bundled.is_dir() else '')
+    enc = open_tokenizer(found) if found else load_gpt2(offline)
     if encoding_type not in ('auto', enc.encoding):
         raise SettingError(f'{tokenizer} is {enc.encoding}: leave out --encoding_type {encoding_type}')
     return enc
@@ -93,14 +95,11 @@ def alphabet(batch):
 
 
 def encode(batch, enc, rate):
-    """One row: the stories' tokens, how many of them were infilled, how many were too short for it, and how
-    many characters were lost, as the tokenizer has nothing for them."""
+    """One row: the stories' tokens, how many were infilled or too short for it, and how many characters of
+    theirs the tokenizer has nothing for."""
     ids, kinds = infill.encode(enc, batch['text'], rate)
     _, infilled, too_short = np.bincount(kinds, minlength=3)
-    lost = 0
-    if not enc.lossless:  # a space stands before each text that there is, and `decode` takes one away
-        spaces = np.isin(ids, (enc.delimiter, enc.blank)).sum() - 1
-        lost = sum(map(len, batch['text'])) - len(enc.decode(ids)) + spaces
+    lost = enc.n_lost(batch['text'], ids)
     return {'ids': [ids.tobytes()], 'infilled': [infilled], 'too_short': [too_short], 'lost': [lost]}
 
 
@@ -198,9 +197,12 @@ def write_shards(split, stories, rows, size, enc, rate, folder, cache):
 def main():
     began = time.perf_counter()
     check_settings()
+    if bundle:
+        return print(write_bundle(bundle, source, offline))
     folder = Path(out_dir).expanduser() if out_dir else _HERE
-    enc = given_tokenizer()
     with replacing(folder) as (new, cache):
+        place = unpack(source, cache / 'bundle') if source.endswith('.tar') else source
+        enc = given_tokenizer(cache / 'bundle' / 'gpt2')
         if files := token_files(source) if enc else {}:
             if infill_rate:
                 raise SettingError(f'infill_rate is for stories, and {source} has tokens: leave it out')
@@ -209,7 +211,7 @@ def main():
         else:
             # the stories, and which of them are for training and which for validation
             sample = partial(sample_stories.stories, 22_000, seed)
-            loaded, remark = load_stories(source, cache, sample, data_percentage, offline, text_column)
+            loaded, remark = load_stories(place, cache, sample, data_percentage, offline, text_column)
             stories, used, blank = choose(loaded, cache)
             n_train, n_val = (len(rows) for rows, _ in used.values())
             said = [f'stories: {n_train:,} for training, {n_val:,} for validation, {blank:,} blank',
