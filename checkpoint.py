@@ -56,8 +56,7 @@ def write_whole(path, write):
 
 def load_checkpoint(path):
     """Read a checkpoint. Raises UserError where there is none, it is damaged, or it is not one of ours."""
-    path = Path(path)
-    if not path.is_file():
+    if not (path := Path(path)).is_file():
         raise UserError(f'no checkpoint {path}: train first, or name its folder with --out_dir')
     if reason := damage(path):
         raise UserError(f'{path} is damaged or no checkpoint ({reason}){other_checkpoint(path)}')
@@ -100,8 +99,10 @@ class RunFolder:
 
     def __init__(self, path, resume=False, overwrite=False):
         """Raises SettingError where it holds a run that nobody has said to go on with or to replace."""
-        self.path, self.resume = Path(path), resume
-        if not (resume or overwrite) and any((self.path / name).exists() for name in FILES.values()):
+        self.path, again = Path(path), os.environ.get('TORCHELASTIC_MAX_RESTARTS', '0') != '0'
+        # torchrun --max-restarts starts the same command again
+        self.resume = resume or (again and (self.path / FILES['last']).exists())
+        if not (self.resume or overwrite) and any((self.path / name).exists() for name in FILES.values()):
             raise SettingError(f'{path} holds another run: go on with it (--init_from resume), replace it '
                                '(--overwrite), or name another folder (--out_dir)')
 

@@ -251,7 +251,7 @@ def main():
     optimizers = make_optimizers(model)
     scaler = torch.amp.GradScaler(torch_device.type, enabled=ptdtype == torch.float16)
     it, best_val_loss, best_iter = 0, math.inf, 0
-    if init_from == 'resume':
+    if run_folder.resume:
         saved, data = load_checkpoint(run_folder.path / 'ckpt.pt'), fingerprint(train_split.meta)
         it, best_val_loss, best_iter = go_on(saved, model, optimizers, scaler, data, n_iters)
     elif init_from != 'scratch':

@@ -11,7 +11,7 @@ import torch
 
 import checkpoint
 from checkpoint import RunFolder, load_checkpoint, load_model, write_whole, written
-from errors import UserError
+from errors import SettingError, UserError
 from model import GPT, GPTConfig
 
 STATE = {
@@ -51,6 +51,20 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, room):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert os.listdir(tmp_path) == ['ckpt.pt'] and load_checkpoint(tmp_path / 'ckpt.pt')['iter'] == 7
+
+
+@pytest.mark.parametrize('restarts, there, resume, overwrite, goes_on', [
+    ('3', True, False, False, True), ('3', True, False, True, True), ('3', False, False, False, False),
+    ('0', True, False, True, False), ('0', True, True, False, True), ('0', True, False, False, None)])
+def test_what_torchrun_restarts_goes_on(tmp_path, monkeypatch, restarts, there, resume, overwrite, goes_on):
+    monkeypatch.setenv('TORCHELASTIC_MAX_RESTARTS', restarts)
+    if there:
+        save(tmp_path / 'ckpt.pt', STATE)
+    if goes_on is None:
+        with pytest.raises(SettingError, match='holds another run'):
+            RunFolder(tmp_path)
+    else:
+        assert RunFolder(tmp_path, resume, overwrite).resume == goes_on
 
 
 def test_a_bug_is_no_full_disk():

@@ -28,12 +28,21 @@ print(json.dumps({event.key: event.count for event in profile.key_averages() if 
 """
 
 
-def torchrun(*words):
+def torchrun(*words, restarts=0):
     """train.py on two ranks as a user types it, in a process group of its own; returns the Popen."""
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
-               'train.py', *SETTINGS, '--max_iters=100000', *words]
+               f'--max-restarts={restarts}', 'train.py', *SETTINGS, '--max_iters=100000', *words]
+    # without the second, restarted ranks look for each other where the dead ones were
+    around = {'OMP_NUM_THREADS': '1', 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'}
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            start_new_session=True, env=os.environ | {'OMP_NUM_THREADS': '1'})
+                            start_new_session=True, env=os.environ | around)
+
+
+def kill_rank(process, rank):
+    found = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
+    pid, = [int(pid) for pid in found
+            if b'\0RANK=%d\0' % rank in Path('/proc', pid, 'environ').read_bytes()]
+    os.kill(pid, signal.SIGKILL)
 
 
 def on_ranks(ranks, *words, program='train.py'):
@@ -101,14 +110,26 @@ def test_a_rank_that_dies_takes_the_run_down(data, tmp_path):
     """Rank 0, the one that saves."""
     process = torchrun(f'--dataset={data}', f'--out_dir={tmp_path}/out', '--eval_interval=5')
     assert any('step 8/' in line for line in process.stdout)
-    found = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
-    rank_0, = [int(pid) for pid in found if b'\0RANK=0\0' in Path('/proc', pid, 'environ').read_bytes()]
-    os.kill(rank_0, signal.SIGKILL)
+    kill_rank(process, 0)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 1, err
     assert 'does not reach the others' in err and '--init_from resume' in err
     assert 'RuntimeError' not in err
     assert load_checkpoint(tmp_path / 'out' / 'ckpt.pt')['iter'] >= 5
+
+
+def test_torchrun_restarts_a_run_from_its_last_checkpoint(data, tmp_path):
+    process = torchrun(f'--dataset={data}', f'--out_dir={tmp_path}/out', '--eval_interval=5', restarts=1)
+    assert any('step 8/' in line for line in process.stdout)
+    kill_rank(process, 1)
+    assert any('parameters on 2 cpu' in line for line in process.stdout)  # once more
+    first = next(line for line in process.stdout if re.match(r'step \d+/', line))
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    step = int(first.removeprefix('step ').split('/')[0])
+    assert step >= 5 and step % 5 == 0
+    losses = [line['iter'] for line in metrics(tmp_path / 'out') if 'loss' in line]
+    assert losses == list(range(len(losses))) and len(losses) > step
 
 
 @pytest.mark.parametrize('end, said', [
