@@ -131,8 +131,8 @@ OTHER_WORDS = {
 
 
 def nearest(name, names):
-    if OTHER_WORDS.get(name) in names:
-        return f'; did you mean {OTHER_WORDS[name]!r}?'
+    if meant := OTHER_WORDS.get(name):
+        return f'; did you mean {meant!r}?' if meant in names else f'; another script has {meant!r}'
     return ''.join(f'; did you mean {match!r}?' for match in difflib.get_close_matches(name, names, 1))
 
 
