@@ -136,7 +136,6 @@ def test_override(script, monkeypatch, argv, changed):
     ('--max_iter 5',
      "unknown setting 'max_iter' on the command line; did you mean 'max_iters'? (--help lists all)\n"),
     ('--lr 5', "unknown setting 'lr' on the command line; did you mean 'learning_rate'?"),
-    ('--max_tokens 5', "unknown setting 'max_tokens' on the command line; another script has 'max_new_tokens'"),
     ('--n_heads 5', "unknown setting 'n_heads' on the command line; another script has 'n_head'"),
     ('--max_iters 1 --max_iters=2', '--max_iters is given twice on the command line'),
     ('--zzz 5', "unknown setting 'zzz' on the command line (--help lists all)"),
