@@ -14,8 +14,7 @@ from model import log_probs_in_parts
 
 @torch.no_grad()
 def score(model, idx, targets):
-    """Of the targets (B, T) after idx, -1 where there is none: their summed loss in nats, and how many the
-    GPT predicts, two scalars."""
+    """Of targets (B, T) after idx, -1 where there is none: summed loss in nats, number of hits; scalars."""
     loss = hits = 0
     x = model.hidden(idx).flatten(0, 1)
     for _, log_p, target in log_probs_in_parts(model.lm_head, x, targets.flatten(), rows=1024):
@@ -30,20 +29,19 @@ def evaluate(score_model, split, block_size, batch_size, infill=((), ()), train=
 
     score_model: `score` of a model in evaluation mode, which takes (idx, targets). infill: `infill_rows` of
     the split. train: the Split for training, of which a fixed sample is looked at too, windows spread evenly
-    over it, a batch for four of the others: a fifth of the work, but at least a batch.
-    Returns {'val_loss': nats per token, 'val_ppl': perplexity, 'val_bpb': bits per UTF-8 byte of the stories,
-    'val_acc': share of tokens predicted}, of `train` 'train_loss' and 'train_acc', of the infill rows
-    'val_infill_loss', nats per token of the middles alone, and, as a check that the end is looked at,
-    'val_infill_loss_shuffled', with another story's last sentence; None where stopped() came true anywhere.
+    over it, one for four of the other rows: a fifth of the work. Returns {'val_loss': nats per token,
+    'val_ppl': perplexity, 'val_acc': share of tokens predicted, 'val_bpb': bits per UTF-8 byte}, of `train`
+    'train_loss' and 'train_acc', of the infill rows 'val_infill_loss', nats per token of the middles alone, and
+    'val_infill_loss_shuffled', with another story's last sentence. None where stopped() came true anywhere.
     """
     kinds = [(split.windows, range(math.ceil((split.n_tokens - 1) / block_size))),
              *((padded, rows) for rows in infill)]
     batches = [(kind, read, rows[first:first + batch_size]) for kind, (read, rows) in enumerate(kinds)
                for first in range(0, min(len(rows), (max_batches or math.inf) * batch_size), batch_size)]
     if train:
-        n, last = max(1, len(batches) // 4), (train.n_tokens - 1) // block_size - 1
-        spread = np.unique(np.linspace(0, last, n * batch_size, dtype=int))
-        batches += [(3, train.windows, rows) for rows in np.array_split(spread, n)]
+        n, last = max(1, sum(len(rows) for *_, rows in batches) // 4), (train.n_tokens - 1) // block_size - 1
+        rows = np.unique(np.linspace(0, last, n, dtype=int))
+        batches += [(3, train.windows, rows[i:i + batch_size]) for i in range(0, len(rows), batch_size)]
     # a row for each kind of batch, loss, hits, targets; and one for whether it stopped
     device = torch.device(device)  # mps has no float64
     sums = torch.zeros(5, 3, dtype=torch.float64, device='cpu' if device.type == 'mps' else device)
@@ -52,8 +50,10 @@ def evaluate(score_model, split, block_size, batch_size, infill=((), ()), train=
             sums[4] = 1
             break
         x, y = read(rows, block_size)
-        missing = (0, batch_size - len(rows)), (0, 0)  # one shape, one compilation
-        x, y = to_device((np.pad(x, missing), np.pad(y, missing, constant_values=-1)), device)
+        if device.type == 'cuda':  # one shape, one compilation
+            missing = (0, batch_size - len(rows)), (0, 0)
+            x, y = np.pad(x, missing), np.pad(y, missing, constant_values=-1)
+        x, y = to_device((x, y), device)
         sums[kind] += torch.stack((*score_model(x, y), (y >= 0).sum())).to(sums.device).double()
     if world_size > 1:
         dist.all_reduce(sums)
