@@ -31,8 +31,8 @@ def evaluate(score_model, split, block_size, batch_size, infill=((), ()), train=
     the split. train: the Split for training, of which a fixed sample is looked at too, windows spread evenly
     over it, one for four of the other rows: a fifth of the work. Returns {'val_loss': nats per token,
     'val_ppl': perplexity, 'val_acc': share of tokens predicted, 'val_bpb': bits per UTF-8 byte}, of `train`
-    'train_loss' and 'train_acc', of the infill rows 'val_infill_loss', nats per token of the middles alone, and
-    'val_infill_loss_shuffled', with another story's last sentence. None where stopped() came true anywhere.
+    'train_loss' and 'train_acc', of the infill rows 'val_infill_loss', nats per token of the middles, and so
+    'val_infill_loss_shuffled', after another story's last sentence. None where stopped() came true anywhere.
     """
     kinds = [(split.windows, range(math.ceil((split.n_tokens - 1) / block_size))),
              *((padded, rows) for rows in infill)]
