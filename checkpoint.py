@@ -147,7 +147,7 @@ class RunFolder:
         """Draw the losses of metrics.jsonl as loss.png, if there is matplotlib."""
         try:
             from matplotlib.figure import Figure  # takes half a second to import
-        except ModuleNotFoundError:
+        except ImportError:  # none, or one that does not suit
             if len(self.records()) == 1:  # told once
                 print('no loss.png is drawn: pip install matplotlib', file=sys.stderr)
             return

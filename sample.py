@@ -20,7 +20,7 @@ from configurator import configure, in_range, one_of
 from data import infill
 from data.tokenizer import tokenizer_from_state
 from device import DTYPES, choose_device, choose_dtype, keep_memory
-from errors import SettingError, UserError, run
+from errors import SettingError, UserError, reading, run
 from generate import continued
 from quantize import to_int8
 
@@ -68,10 +68,8 @@ def read_starts():
     """The texts that stories begin with."""
     if not start.startswith('FILE:'):
         return [start]
-    try:
+    with reading(start[5:], 'cannot be read'):
         text = Path(start[5:]).read_text(encoding='utf-8-sig')
-    except UnicodeDecodeError as error:
-        raise UserError(f'{start[5:]} is not UTF-8 text ({error.reason} at byte {error.start})') from None
     lines = [line for line in text.split('\n') if line.strip()]
     if one_per_line and not lines:
         raise UserError(f'{start[5:]} has no line to begin a story with')
@@ -88,7 +86,7 @@ def write_stories(model, tokenizer, begins, end, stream):
     prompts = [infill.prompt(tokenizer, begins[0], end)] * num_samples if end else heads
     longest, context = max(map(len, prompts)), model.config.block_size
     if longest > context:
-        what = 'the two sentences have' if end else 'the start has'
+        what = 'the two sentences have' if end else f'{"a" if len(begins) > 1 else "the"} start has'
         raise UserError(f'{what} {longest} tokens, more than the context of {context}; shorten them')
     limit, limited_by = max_new_tokens, f'--max_new_tokens {max_new_tokens}'
     if end and (room := context - longest + 1) < limit:  # the last token written need not be read
@@ -148,6 +146,8 @@ def main():
         raise SettingError(str(error)) from None
     end = last_sentence.strip()
     begins = [first_sentence.strip()] if end else read_starts()
+    if any(tokenizer.decode(tokenizer.encode(text)) != text for text in (*begins, end)):
+        print('the tokenizer has nothing for some of these characters: they are left out', file=sys.stderr)
     if end and not checkpoint.get('infill_rate'):
         raise UserError(f'{init_from or out_dir} has not learned to write middles: train on data of '
                         'data/tiny_stories/prepare.py --infill_rate 0.5, or continue a --start')

@@ -97,10 +97,10 @@ def check_settings():
     """Refuse what no run can mean. Raises SettingError."""
     in_range(at_least=1, block_size=block_size, batch_size=batch_size, max_iters=max_iters,
              gradient_accumulation_steps=gradient_accumulation_steps, log_interval=log_interval)
-    in_range(at_least=0, learning_rate=learning_rate, warmup_iters=warmup_iters, weight_decay=weight_decay,
-             grad_clip=grad_clip, eval_iters=eval_iters, max_epochs=max_epochs, patience=patience,
-             eval_interval=eval_interval, save_interval=save_interval)
-    in_range(at_least=0, below=2**63, seed=seed)
+    in_range(at_least=0, below=1e37, learning_rate=learning_rate, weight_decay=weight_decay,
+             grad_clip=grad_clip, max_epochs=max_epochs)
+    in_range(at_least=0, below=2**63, seed=seed, warmup_iters=warmup_iters, eval_iters=eval_iters,
+             patience=patience, eval_interval=eval_interval, save_interval=save_interval)
     in_range(at_least=0, below=1, beta1=beta1, beta2=beta2)
     one_of(('muon', 'adamw'), optimizer=optimizer)
     one_of(('auto', 'True', 'False'), compile=compile)
@@ -177,7 +177,8 @@ def begin_from(pretrained, model, tokenizer):
         ours = getattr(model.config, name)
         shorter = name == 'block_size' and ours < theirs and model.config.position != 'learned'
         if ours != theirs and name != 'dropout' and not shorter:
-            raise SettingError(f'{name} is {ours}, but {init_from} has {theirs}: leave it out')
+            way_out = 'put its tokenizer beside it' if name == 'vocab_size' else 'leave it out'
+            raise SettingError(f'{name} is {ours}, but {init_from} has {theirs}: {way_out}')
     model.load_state_dict(pretrained['model'])
 
 
@@ -357,8 +358,8 @@ def main():
         run_folder.save(checkpoint(it, best_val_loss, best_iter))
         print(f'stopped at step {it} and saved; go on with: {resume_command(out_dir)}', file=sys.stderr)
     elif master_process:
-        print(f'done at step {it}: best validation loss {best_val_loss:.4f} at step {best_iter}; write with: '
-              f'python sample.py --out_dir {shlex.quote(out_dir)}')
+        print(f'done at step {it}/{n_iters}: best validation loss {best_val_loss:.4f} at step {best_iter}; '
+              f'write with: python sample.py --out_dir {shlex.quote(out_dir)}')
     leave_ranks()
     if stopping:
         raise SystemExit(128 + (caught[0] if caught else signal.SIGTERM))

@@ -14,31 +14,33 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from data.stories import LOADERS, story_files
 from data.vocabularies import load_gpt2
-from errors import UserError, reading
+from errors import SettingError, UserError, reading
 
 MANIFEST, MANIFEST_BYTES = 'sha256.json', 10_000_000  # its name, and the most that is read of it
 
 
-def write_bundle(path, source, offline=False):
+def write_bundle(path, load, offline=False):
     """Writes the tar `path`, whole or not at all, and returns what to say of it.
 
-    source: a file or folder of stories, or a data set on the hub; `offline` takes that and GPT-2's vocabulary
-    from their caches. Raises UserError where something cannot be had or written.
+    load(cache) is `load_stories` of the source: what a bundle gives is what that does. GPT-2's vocabulary is
+    from its caches if `offline`. Raises UserError where something cannot be had or written.
     """
-    there = Path(source).expanduser()
-    stories = story_files(there if there.exists() else downloaded(source, offline))
+    if not path.endswith('.tar'):
+        raise SettingError(f'bundle is {path}: type a name that ends in .tar')
     requirements = Path(__file__).resolve().parent.parent.glob('requirements*.txt')
-    temporary = Path(f'{path}.tmp')
-    with tempfile.TemporaryDirectory() as folder:
+    temporary, path = Path(f'{path}.tmp'), Path(path)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         load_gpt2(offline).save(folder)
-        files = {f'stories/{name}': file for name, file in stories.items()}
-        files |= {f'gpt2/{file.name}': file for file in Path(folder).iterdir()}
+        files = {f'gpt2/{file.name}': file for file in Path(folder).iterdir()}
         files |= {file.name: file for file in sorted(requirements)}
+        loaded, _ = load(folder)
         try:
+            for split, stories in loaded.items():
+                files[f'stories/{split}.parquet'] = file = Path(folder, f'{split}.parquet')
+                stories.to_parquet(file)
             hashes = {name: sha256(file) for name, file in files.items()}
-            with tarfile.open(temporary, 'w', dereference=True) as tar:  # the hub's cache is links
+            with tarfile.open(temporary, 'w') as tar:
                 manifest = json.dumps(hashes, indent=1).encode()
                 about = tarfile.TarInfo(MANIFEST)
                 about.size = len(manifest)
@@ -50,29 +52,14 @@ def write_bundle(path, source, offline=False):
             raise UserError(f'cannot write {path} ({error.strerror or error}): name another place') from None
         finally:
             temporary.unlink(missing_ok=True)
-    size = os.path.getsize(path) / 1e6
-    return (f'{path}: {size:,.1f} MB, {len(stories)} files of stories and what goes with them; where there '
-            f'is no internet: prepare.py --source {shlex.quote(str(path))} --offline')
+    n, size = sum(map(len, loaded.values())), path.stat().st_size / 1e6
+    return (f'{path}: {size:,.1f} MB, {n:,} stories and what goes with them; where there is no internet: '
+            f'prepare.py --source {shlex.quote(str(path))} --offline')
 
 
 def sha256(path):
     with open(path, 'rb') as file:
         return hashlib.file_digest(file, 'sha256').hexdigest()
-
-
-def downloaded(source, offline):
-    """The folder of the hub's cache with the stories of a data set, its parquet files if it has any."""
-    with reading(source, 'is no file here, nor can it be had from the hub'):
-        from huggingface_hub import HfApi, snapshot_download
-        from huggingface_hub.utils import disable_progress_bars
-        if not os.isatty(2):
-            disable_progress_bars()
-        if offline:
-            return Path(snapshot_download(source, repo_type='dataset', local_files_only=True))
-        about = HfApi().dataset_info(source)
-        parquet = any(file.rfilename.endswith('.parquet') for file in about.siblings)
-        patterns = ['*.parquet'] if parquet else [f'*{end}{gz}' for end in LOADERS for gz in ('', '.gz')]
-        return Path(snapshot_download(about.id, repo_type='dataset', allow_patterns=patterns))
 
 
 def unpack(path, folder):

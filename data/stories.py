@@ -7,6 +7,7 @@ else lies in Arrow files, those of local sources in the folder `cache`, however 
 import gzip
 import os
 import re
+import warnings
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from urllib.request import Request, urlopen
@@ -17,27 +18,24 @@ DELIMITER = '<|endoftext|>'  # between the stories of a .txt
 LOADERS = {'.txt': 'ours', '.jsonl': 'json', '.json': 'json', '.csv': 'csv', '.parquet': 'parquet'}
 KINDS = ('stories come as .txt, .jsonl, .json, .csv (each also as .gz), .parquet, a folder of these or what '
          'save_to_disk writes, or tokens as .bin with their --tokenizer')
-# what is no story though it may lie beside some: ours, and the library's
 NO_STORIES = 'meta.json', 'tokenizer.json', 'dataset_info.json', 'dataset_dict.json', 'state.json'
 HUB_NAME = r'((?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*)(?::([\w.-]+))?'  # and a configuration
 HUB_PATIENCE = 5  # seconds to wait for the hub's answer; the library would retry for minutes
-HUB_HELP = (
-    'is no file here and not in the cache (as user/name), and {1}: type --source sample (built in); or where '
-    'there is internet, hf download --repo-type dataset {0} --include "data/*" --local-dir stories, and with '
-    'this folder brought over --source stories. The library says')
+HUB_HELP = ('is no file here and not in the cache (as user/name), and {1}: type --source sample (built in), '
+            'or where there is internet hf download --repo-type dataset {0} --include "data/*" --local-dir '
+            'stories, and with this folder brought over --source stories. The library says')
 
 
 def load_stories(source, cache, sample, percentage=100.0, offline=False, column=''):
-    """(DatasetDict of the stories of `source`, a remark on its test split or '').
+    """(DatasetDict of the stories of `source`, a remark on its test split or ''). Raises UserError.
 
     source: 'sample', whose texts sample() gives; a local path; or a name on the hub, `name`, `user/name` or
-    `user/name:configuration`, which the library has a cache for. column: that of the stories, '' for text or
-    story. The splits are `train` and `validation`, or `train` alone where the source does not tell them
-    apart. A lone .txt without delimiters is one document: nine tenths of its characters are for training, as
-    in nanoGPT, and of both parts the first `percentage` percent are taken. Raises UserError.
+    `user/name:configuration`. column: that of the stories, '' for text or story. The splits are `train` and
+    `validation`, or `train` alone. A lone .txt without delimiters is one document: nine tenths of its
+    characters are for training, as in nanoGPT, and of both parts the first `percentage` percent are taken.
     """
     path, why = Path(source).expanduser(), ''
-    on_hub = re.fullmatch(HUB_NAME, source) if not path.exists() and kind(path) not in LOADERS else None
+    on_hub = re.fullmatch(HUB_NAME, source) if not (path.exists() or kind(path)) else None
     if not on_hub or (why := unreachable(offline)):  # else the library asks the hub about local files, too
         os.environ['HF_HUB_OFFLINE'] = os.environ['HF_DATASETS_OFFLINE'] = '1'  # read when it is imported
     import datasets
@@ -56,9 +54,11 @@ def load_stories(source, cache, sample, percentage=100.0, offline=False, column=
     elif (path / 'dataset_dict.json').is_file():
         with reading(path):
             named = datasets.load_from_disk(path)
-    elif saved := [*path.glob('dataset_info.json'), *sorted(path.glob('*/dataset_info.json'))]:
+    elif saved := sorted({file.parent for place in ('*.arrow', '*/*.arrow') for file in path.glob(place)}):
+        if others := {file.parent for file in path.rglob('*') if kind(file)} - {*saved}:
+            raise UserError(f'{path} has what save_to_disk writes, and files in {min(others)}: name one')
         with reading(path):
-            named = {file.parent.name: datasets.load_from_disk(file.parent) for file in saved}
+            named = {folder.name: datasets.load_from_disk(folder) for folder in saved}
     else:
         named = story_files(path)
     splits, remark = by_split(named)
@@ -68,37 +68,37 @@ def load_stories(source, cache, sample, percentage=100.0, offline=False, column=
         splits[split] = datasets.concatenate_datasets([only_text(part, source, column) for part in parts])
     if is_document(path, splits['train']):
         document = splits['train'][0]['text']
-        cut = int(0.9 * len(document))
+        cut, share = int(0.9 * len(document)), percentage / 100
         for split, part in ('train', document[:cut]), ('validation', document[cut:]):
-            part = part[:max(1, int(len(part) * percentage / 100))]
-            splits[split] = datasets.Dataset.from_dict({'text': [part]})
+            splits[split] = datasets.Dataset.from_dict({'text': [part[:max(1, int(len(part) * share))]]})
     return datasets.DatasetDict(splits), remark
 
 
 def story_files(path):
     """{name: path} of the files of stories at `path`, in order. Where there is parquet, that alone counts."""
-    if path.is_file() and kind(path) in LOADERS:
+    if path.is_file() and kind(path):
         return {path.name: path}
     if not path.is_dir():
         raise UserError(f'no stories in {path}: --source takes sample, a name on the hub, or a path; {KINDS}')
-    files = {file.relative_to(path).as_posix(): file for file in sorted(path.rglob('*'))
-             if kind(file) in LOADERS and file.is_file() and file.name not in NO_STORIES
-             and not any(part.startswith('.') for part in file.relative_to(path).parts)}
+    files = {file.relative_to(path).as_posix(): file for file in sorted(path.rglob('*')) if kind(file)}
+    files = {name: file for name, file in files.items() if '/.' not in f'/{name}' and file.is_file()}
     if not files:
         raise UserError(f'the folder {path} holds no stories: {KINDS} (unpack archives first)')
     return {name: file for name, file in files.items() if kind(file) == '.parquet'} or files
 
 
 def kind(path):
-    """The ending that says what a file is, mostly that before .gz."""
+    """The ending that says what a file is, mostly that before .gz; '' where it holds no stories."""
     suffix, inner = path.suffix.lower(), Path(path.stem).suffix.lower()
-    return inner if suffix == '.gz' and inner != '.parquet' else suffix
+    ending = inner if suffix == '.gz' and inner != '.parquet' else suffix
+    return ending if ending in LOADERS and path.name not in NO_STORIES else ''
 
 
 def load_files(paths, cache, split, column):
     """Yields the Datasets of files: one of all .txt, with that column, and one of each other file."""
     import datasets
     import pyarrow
+    from pandas.errors import ParserWarning
     texts = [path for path in paths if kind(path) == '.txt']
     arrow, schema = f'{cache}/{split}.arrow', pyarrow.schema({column or 'text': pyarrow.string()})
     # not by the library's own loader, which takes \r for the end of a line
@@ -107,8 +107,8 @@ def load_files(paths, cache, split, column):
             writer.write_batch(pyarrow.record_batch([stories], schema))
     yield datasets.Dataset.from_file(arrow)
     for path in sorted(path for path in set(paths) - set(texts) if path.stat().st_size):
-        exactly = {'keep_default_na': False} if kind(path) == '.csv' else {}  # "NA" is a text, too
-        with reading(path):
+        exactly = {'keep_default_na': False, 'index_col': False} if kind(path) == '.csv' else {}
+        with reading(path), warnings.catch_warnings(action='error', category=ParserWarning):
             yield datasets.load_dataset(LOADERS[kind(path)], data_files=str(path), cache_dir=str(cache),
                                         split='train', **exactly)
 
@@ -170,9 +170,9 @@ def unreachable(offline):
     if offline or os.environ.get('HF_HUB_OFFLINE', '0').upper() in ('1', 'ON', 'YES', 'TRUE'):
         return 'we are offline'
     endpoint = os.environ.get('HF_ENDPOINT') or 'https://huggingface.co'
+    asked = Request(endpoint, method='HEAD'), None, HUB_PATIENCE
     try:
-        request = Request(endpoint, method='HEAD')
-        ThreadPool(1).apply_async(urlopen, (request, None, HUB_PATIENCE)).get(HUB_PATIENCE)
+        ThreadPool(1).apply_async(urlopen, asked).get(HUB_PATIENCE)
     except Exception as error:
         if getattr(error, 'code', 500) >= 500:  # less is an answer, too; more a gateway's excuse
             why = getattr(error, 'reason', error)

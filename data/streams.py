@@ -19,7 +19,7 @@ CHUNK = 1 << 22  # tokens read at a time
 def token_files(source):
     """{split: [paths]} of the token files in the folder `source`, {} where there are none: where stories lie
     beside them under the same names, as llama2.c has them, those are what counts."""
-    files = sorted(Path(source).expanduser().glob('*.bin'))
+    files = sorted(file for file in Path(source).expanduser().glob('*.bin') if file.is_file())
     val, train, data = ([file for file in files if file.stem.startswith(name)]
                         for name in ('val', 'train', 'data'))
     if data and not (val or train):
@@ -39,6 +39,8 @@ def write_streams(files, enc, tokenizer, val_share, share, folder):
     streams = {split: opened(paths) for split, paths in files.items()}
     n_train, n_val = (sum(len(tokens) for _, tokens in streams[split]) for split in ('train', 'val'))
     bounds = {'train': (0, n_train), 'val': (0, n_val)}
+    if files['val'] and not n_val:
+        raise UserError(f"{files['val'][0]} is empty: remove it, and the end of the others is for validation")
     if not n_val:
         cut = n_train - max(2, int(n_train * val_share))
         streams['val'], bounds = streams['train'], {'train': (0, cut), 'val': (cut, n_train)}

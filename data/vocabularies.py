@@ -84,7 +84,7 @@ def in_cache(path):
     (models--gpt2 is one), or a folder with GPT-2's in it or one below; else `path` itself."""
     gpt2 = 'models--gpt2', 'models--openai-community--gpt2'
     models = path, *(model for name in gpt2 for place in (name, f'*/{name}') for model in path.glob(place))
-    snapshots = [snapshot for model in models for snapshot in model.glob('snapshots/*')]
+    snapshots = [snapshot for model in models for snapshot in model.glob('snapshots/*/')]
     return max(snapshots, key=lambda snapshot: len([*snapshot.iterdir()]), default=path)
 
 

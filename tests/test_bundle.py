@@ -8,17 +8,20 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import pytest
+from pyarrow import parquet
 
 from data import bundle
+from data.stories import load_stories
 from data.tokenizer import load_tokenizer
 from data.vocabularies import URL
 from errors import UserError
 from tests.hub import Hub
 from tests.test_formats import gpt2_file
-from tests.test_prepare import NO_CONNECTION, PREPARE, TRAIN, VAL, read, write_all
+from tests.test_prepare import NO_CONNECTION, PREPARE, TRAIN, VAL, read, write, write_all
 from tests.tiny import ROOT, SETTINGS
 
 
@@ -43,7 +46,7 @@ def packed(tmp_path, monkeypatch):
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path / 'tiktoken'))
     keep_gpt2(tmp_path / 'tiktoken')
     folder = write_all(tmp_path / 'mine', {'train.txt': TRAIN, 'valid.jsonl': VAL})
-    bundle.write_bundle(tmp_path / 'b.tar', folder, offline=True)
+    bundle.write_bundle(f'{tmp_path}/b.tar', partial(load_stories, str(folder), sample=None), offline=True)
     return tmp_path / 'b.tar'
 
 
@@ -55,12 +58,12 @@ def keep_gpt2(cache):
 
 def test_all_is_done_with_the_bundle_alone(tmp_path, script):
     """Packed from the hub; then every connection ends the script that asks for it."""
-    files = {'data/train-0.parquet': TRAIN, 'data/validation-0.parquet': VAL, 'data/test.jsonl': ['not read']}
+    files = {'train-0.parquet': TRAIN, 'validation-0.parquet': VAL, 'test-0.parquet': ['not read']}
     served = {name: (write_all(tmp_path / 'hub', files) / name).read_bytes() for name in files}
     keep_gpt2(tmp_path / 'tiktoken')
     with Hub('someone/tales', served) as hub:
         said = script(PREPARE, '--source', 'tales', '--bundle', 'b.tar', HF_ENDPOINT=hub.endpoint)
-    assert '2 files of stories' in said and 'prepare.py --source b.tar --offline' in said
+    assert f'{len(TRAIN) + len(VAL)} stories' in said and 'prepare.py --source b.tar --offline' in said
     for cache in 'home', 'tiktoken':
         shutil.rmtree(tmp_path / cache)
     (tmp_path / 'sitecustomize.py').write_text(NO_CONNECTION)  # which Python imports first
@@ -81,7 +84,10 @@ def test_what_is_in_it(packed, tmp_path):
     assert hashes == {name: hashlib.sha256(data).hexdigest() for name, data in found.items()}
     own = {path.name: path.read_bytes() for path in ROOT.glob('requirements*.txt')}
     assert len(own) == 3 and own.items() <= found.items()
-    assert {*found} - {*own} == {'stories/train.txt', 'stories/valid.jsonl', 'gpt2/tokenizer.tiktoken'}
+    stories = {f'stories/{name}.parquet': texts for name, texts in (('train', TRAIN), ('validation', VAL))}
+    assert {*found} - {*own} == {*stories, 'gpt2/tokenizer.tiktoken'}
+    for name, texts in stories.items():
+        assert parquet.read_table(io.BytesIO(found[name])).to_pydict() == {'text': texts}
     assert bundle.unpack(packed, tmp_path / 'there') == f'{tmp_path}/there/stories'
     assert {name: (tmp_path / 'there' / name).read_bytes() for name in found} == found
 
@@ -105,14 +111,14 @@ def named(name, kind=tarfile.REGTYPE):
 
 
 def edited(members):
-    about, content = next((about, content) for about, content in members if about.name == 'stories/train.txt')
-    members[members.index((about, content))] = about, b'!' + content[1:]
+    i = [about.name for about, _ in members].index('stories/train.parquet')
+    members[i] = members[i][0], b'!' + members[i][1][1:]
 
 
 @pytest.mark.parametrize('harm, message', [
     (lambda path: path.write_bytes(path.read_bytes()[:60_000]), 'or cut in gpt2/tokenizer.tiktoken'),
-    (lambda path: changed(path, edited), r'damaged: stories/train\.txt does not have the sha256'),
-    (lambda path: changed(path, lambda members: members.pop()), 'is cut: requirements.* is missing'),
+    (lambda path: changed(path, edited), r'damaged: stories/train\.parquet does not have the sha256'),
+    (lambda path: changed(path, lambda members: members.pop()), 'is cut: stories/validation.* is missing'),
     (lambda path: changed(path, lambda members: members.pop(0)), 'is no bundle'),
     (lambda path: path.write_bytes(b'no tar' * 1000), 'is damaged or cut: '),
     (lambda path: path.unlink(), 'No such file'),
@@ -136,5 +142,19 @@ def test_a_full_disk_leaves_no_half_of_it(packed, monkeypatch):
     monkeypatch.setattr(tarfile.TarFile, 'addfile', full)
     before = packed.read_bytes()
     with pytest.raises(UserError, match='No space left on device'):
-        bundle.write_bundle(packed, packed.parent / 'mine', offline=True)
+        bundle.write_bundle(str(packed), partial(load_stories, f'{packed.parent}/mine', sample=None), True)
     assert packed.read_bytes() == before and not packed.with_name('b.tar.tmp').exists()
+
+
+def test_what_a_bundle_gives_is_what_its_source_does(tmp_path, script):
+    """Also of a lone document, and of one column of a table."""
+    keep_gpt2(tmp_path / 'tiktoken')
+    (tmp_path / 'doc.txt').write_text('A word. ' * 100)
+    write(tmp_path / 'table.csv', TRAIN, 'tale')
+    for source, *more in ('doc.txt',), ('table.csv', '--text_column=tale'), ('sample',):
+        script(PREPARE, '--source', source, *more, '--bundle=b.tar', '--offline')
+        found = []
+        for again in [source, *more], ['b.tar']:
+            script(PREPARE, '--source', *again, '--offline', '--encoding_type=char', '--out_dir=data')
+            found.append(read(tmp_path / 'data'))
+        assert found[0] == found[1]

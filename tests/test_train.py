@@ -108,7 +108,7 @@ def test_a_run_ends_when_its_patience_does(quick, tmp_path, capsys):
     quick([3.0, 2.0, 2.5, 2.0], '--max_iters=3', '--eval_interval=1', '--patience=3')
     quick([2.1, 2.4], '--init_from=resume', '--max_iters=9', '--eval_interval=1')  # step 3 once more
     assert load_checkpoint(tmp_path / 'out' / 'ckpt.pt')['iter'] == 4
-    assert 'done at step 4: best validation loss 2.0000 at step 1;' in capsys.readouterr().out
+    assert 'done at step 4/9: best validation loss 2.0000 at step 1;' in capsys.readouterr().out
     quick([2.1, 1.9, 2.0], '--init_from=resume', '--max_iters=6', '--eval_interval=1', '--patience=0')
     assert load_checkpoint(tmp_path / 'out' / 'best.pt')['iter'] == 5
 

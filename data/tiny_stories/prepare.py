@@ -197,8 +197,10 @@ def write_shards(split, stories, rows, size, enc, rate, folder, cache):
 def main():
     began = time.perf_counter()
     check_settings()
+    load = partial(load_stories, sample=partial(sample_stories.stories, 22_000, seed), offline=offline,
+                   column=text_column)
     if bundle:
-        return print(write_bundle(bundle, source, offline))
+        return print(write_bundle(bundle, partial(load, source), offline))
     folder = Path(out_dir).expanduser() if out_dir else _HERE
     with replacing(folder) as (new, cache):
         place = unpack(source, cache / 'bundle') if source.endswith('.tar') else source
@@ -210,13 +212,11 @@ def main():
             splits, said = write_streams(files, enc, tokenizer, *shares, new)
         else:
             # the stories, and which of them are for training and which for validation
-            sample = partial(sample_stories.stories, 22_000, seed)
-            loaded, remark = load_stories(place, cache, sample, data_percentage, offline, text_column)
+            loaded, remark = load(place, cache, percentage=data_percentage)
             stories, used, blank = choose(loaded, cache)
             n_train, n_val = (len(rows) for rows, _ in used.values())
             said = [f'stories: {n_train:,} for training, {n_val:,} for validation, {blank:,} blank',
                     *[remark] * bool(remark)]
-
             # their tokens, by a tokenizer that is given or learned
             enc = enc or learn(stories, *used['train'], cache)
             rate = infill_rate if len(stories) > 2 else 0.0  # a document, divided, stays plain
