@@ -68,7 +68,7 @@ def read_starts():
     """The texts that stories begin with."""
     if not start.startswith('FILE:'):
         return [start]
-    with reading(start[5:], 'cannot be read'):
+    with reading(start[5:], 'cannot be read as UTF-8 text'):
         text = Path(start[5:]).read_text(encoding='utf-8-sig')
     lines = [line for line in text.split('\n') if line.strip()]
     if one_per_line and not lines:
