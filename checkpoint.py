@@ -10,9 +10,9 @@ import json
 import os
 import shlex
 import shutil
-import sys
 import zipfile
 from functools import partial
+from operator import methodcaller
 from pathlib import Path
 
 import torch
@@ -95,7 +95,8 @@ def load_model(checkpoint, device='cpu'):
 
 
 class RunFolder:
-    """The `out_dir` of a run that trains: ckpt.pt (last), best.pt, ckpt_STEP.pt, metrics.jsonl, loss.png."""
+    """The `out_dir` of a run that trains: ckpt.pt (last), best.pt, ckpt_STEP.pt, metrics.jsonl,
+    samples.jsonl; and what progress.py draws and writes of them."""
 
     def __init__(self, path, resume=False, overwrite=False):
         """Raises SettingError where it holds a run that nobody has said to go on with or to replace."""
@@ -116,22 +117,23 @@ class RunFolder:
                 self.save(checkpoint)
                 for old in (self.path / FILES['best'], self.path / 'loss.png', *self.path.glob('ckpt_*.pt')):
                     old.unlink(missing_ok=True)
-            records = [record for record in self.records() if record['iter'] < checkpoint['iter']]
-            lines = ''.join(json.dumps(record) + '\n' for record in records).encode()
-            write_whole(self.path / 'metrics.jsonl', lambda file: file.write(lines))
+            for name in 'metrics.jsonl', 'samples.jsonl':
+                records = [record for record in self.records(name) if record['iter'] < checkpoint['iter']]
+                lines = ''.join(json.dumps(record) + '\n' for record in records).encode()
+                write_whole(self.path / name, methodcaller('write', lines))
 
-    def records(self):
-        """The lines of metrics.jsonl, a list of dicts."""
-        path, records = self.path / 'metrics.jsonl', []
+    def records(self, name='metrics.jsonl'):
+        """The lines of a file, a list of dicts."""
+        path, records = self.path / name, []
         for line in path.read_text(errors='replace').splitlines() if path.exists() else ():
             with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line, of a killed run
                 record = json.loads(line)
                 records += [record] if record['iter'] >= 0 else []
         return records
 
-    def record(self, **values):
-        """Add a line to metrics.jsonl."""
-        with written(self.path), open(self.path / 'metrics.jsonl', 'a') as file:
+    def record(self, name='metrics.jsonl', **values):
+        """Add a line to a file."""
+        with written(self.path), open(self.path / name, 'a') as file:
             file.write(json.dumps(values) + '\n')
 
     def save(self, checkpoint, best=False, keep=False):
@@ -142,19 +144,3 @@ class RunFolder:
         for name in names[1:]:
             with open(self.path / names[0], 'rb') as file:
                 write_whole(self.path / name, partial(shutil.copyfileobj, file))
-
-    def plot(self):
-        """Draw the losses of metrics.jsonl as loss.png, if there is matplotlib."""
-        try:
-            from matplotlib.figure import Figure  # takes half a second to import
-        except ImportError:  # none, or one that does not suit
-            if len(self.records()) == 1:  # told once
-                print('no loss.png is drawn: pip install matplotlib', file=sys.stderr)
-            return
-        axes, records = Figure().subplots(), self.records()
-        for key, label in ('loss', 'training'), ('val_loss', 'validation'):
-            lines = [record for record in records if key in record]
-            axes.plot([line['iter'] for line in lines], [line[key] for line in lines], label=label)
-        axes.set(xlabel='step', ylabel='loss (nats per token)')
-        axes.legend()
-        axes.figure.savefig(self.path / 'loss.png')

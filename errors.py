@@ -9,6 +9,8 @@ import signal
 import sys
 import time
 
+from tqdm import tqdm
+
 
 class UserError(Exception):
     """A person's mistake: `run` prints it as one line on stderr and exits with `status`."""
@@ -53,7 +55,8 @@ def run(main, less_memory=''):
             # mostly it is one of all ranks: rank 0 tells of it, and torchrun ends those that wait here
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
-        print(f'{os.path.basename(sys.argv[0])}: {" ".join(message.splitlines())}', file=sys.stderr)
+        message = f'{os.path.basename(sys.argv[0])}: {" ".join(message.splitlines())}'
+        tqdm.write(message, file=sys.stderr)  # above a bar that stands there
     raise SystemExit(status)
 
 

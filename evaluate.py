@@ -23,7 +23,7 @@ def score(model, idx, targets):
     return loss, hits
 
 
-def evaluate(score_model, split, block_size, batch_size, infill=((), ()), train=None, max_batches=0,
+def evaluate(score_model, split, block_size, batch_size, infill=(), train=None, max_batches=0,
              device='cpu', rank=0, world_size=1, stopped=lambda: False):
     """Evaluate over a whole split, its short tail included, or its first max_batches batches; ranks share it.
 
@@ -64,7 +64,7 @@ def evaluate(score_model, split, block_size, batch_size, infill=((), ()), train=
               'val_bpb': losses[0] / math.log(2) * split.n_tokens / split.n_bytes}
     if train:
         result |= {'train_loss': losses[3], 'train_acc': accuracies[3]}
-    if infill[0]:
+    if any(infill):
         result |= {'val_infill_loss': losses[1], 'val_infill_loss_shuffled': losses[2]}
     return result
 

@@ -150,10 +150,10 @@ def continued(model, prompts, stop, max_new_tokens, min_new_tokens=0, **drawing)
             return
 
 
-def sample_story(model, tokenizer, seed, stopped=lambda: False):
-    """One story from the model as it stands, for a person to see; cut short once stopped() is true."""
-    steps = continued(model, [[tokenizer.delimiter]], tokenizer.delimiter, model.config.block_size,
+def sample_story(model, tokenizer, seed, prompt=(), stopped=lambda: False):
+    """A story that begins with the ids `prompt`, for a person to see; cut short once stopped() is true."""
+    steps = continued(model, [[tokenizer.delimiter, *prompt]], tokenizer.delimiter, model.config.block_size,
                       temperature=0.8, suppress=(tokenizer.blank, tokenizer.middle), seed=seed)
     for (story,), growing in steps:
         if not growing or stopped():
-            return infill.decode(tokenizer, story)
+            return infill.decode(tokenizer, [*prompt, *story])

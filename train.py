@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 from checkpoint import RunFolder, load_checkpoint
 from configurator import configure, in_range, one_of, settings
@@ -34,6 +33,7 @@ from evaluate import evaluate, infill_rows, score
 from formats import load_pretrained
 from generate import sample_story
 from model import GPT, GPTConfig
+from progress import Progress, check_tracker, hardware, opening
 
 # what to read and write
 dataset = 'tiny_stories'  # a folder under data/, or any path to a prepared folder
@@ -75,6 +75,7 @@ eval_iters = 0  # batches an evaluation; 0: the whole validation split
 patience = 0  # evaluations without a lower loss that end the run; 0: none do
 save_interval = 0  # steps between checkpoints that are kept, as ckpt_STEP.pt; 0: the last and the best alone
 log_interval = 10  # steps between lines
+track = ''  # wandb or trackio, a package that shows it in a browser; '': neither
 # the machine
 device = 'auto'  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:N or mps
 dtype = 'auto'  # auto (bfloat16 where the hardware has it), float32, bfloat16 or float16
@@ -104,6 +105,7 @@ def check_settings():
     in_range(at_least=0, below=1, beta1=beta1, beta2=beta2)
     one_of(('muon', 'adamw'), optimizer=optimizer)
     one_of(('auto', 'True', 'False'), compile=compile)
+    check_tracker(track)
 
 
 def make_config(vocab_size):
@@ -243,6 +245,7 @@ def main():
                       world_size)
     epoch = batches.n_windows / batches.sequences  # steps
     n_iters, eval_every = math.ceil(max_epochs * epoch) or max_iters, eval_interval or math.ceil(epoch)
+    part_every = max(n_iters // 50, 25)  # steps, between evaluations of two batches: 2% of the work
     infill_val = infill_rows(val_split, block_size)
 
     # the model, and where it begins or goes on --------------------------------
@@ -269,35 +272,39 @@ def main():
               f'{train_split.n_tokens:,} training tokens ({tokenizer.encoding}), {step_tokens:,} a step; '
               f"{n_iters:,} steps{' by max_epochs' if max_epochs else ''} are "
               f'{n_iters * step_tokens / train_split.n_tokens:.2f} epochs', flush=True)
+        peak = peak_flops(torch_device) * world_size / model.flops_per_token()  # tokens/s; 0: not known
+        progress = Progress(run_folder, it, n_iters, step_tokens, peak,
+                            hardware(torch_device, ptdtype, world_size), settings(globals()))
+        prompt = opening(val_split, tokenizer, block_size // 2)
 
     # the loop -----------------------------------------------------------------
-    peak, skipped, stopping = peak_flops(torch_device), 0, False
-    spent = logged_spent = 0.0  # seconds of training since the start, and up to the last line
-    start_it = logged_it = it
+    skipped, stopping, spent = 0, False, 0.0  # spent: seconds of training since the start
+    evaluate_val = partial(evaluate, compiled_score, val_split, block_size, batch_size, device=torch_device,
+                           rank=rank, world_size=world_size, stopped=lambda: bool(caught))
     gc.collect()
     gc.freeze()  # what there is by now is never garbage, and is not looked through again
     atexit.register(gc.unfreeze)  # or torch 2.15 says at the end that it leaked
     for micro_batches in batches.ahead(it):  # endless: those of step `it`, as numpy arrays
-        # once in a while: evaluate, save, show a story
+        # once in a while: evaluate, save, show a story; and often, for the curve, evaluate two batches
         ended, keep = it == n_iters, save_interval > 0 and it % save_interval == 0
-        if it % eval_every == 0 or ended:
+        whole = it % eval_every == 0 or ended
+        if not stopping and (whole or it % part_every == 0):
             model.eval()
             with context:
-                result = evaluate(compiled_score, val_split, block_size, batch_size, infill_val, train_split,
-                                  eval_iters, torch_device, rank, world_size, lambda: bool(caught))
-                if master_process and result:
-                    story = sample_story(model, tokenizer, seed, lambda: bool(caught))
+                result = evaluate_val(*(infill_val, train_split, eval_iters) if whole else ((), None, 2))
+                if master_process and whole and result:
+                    story = sample_story(model, tokenizer, seed, prompt, lambda: bool(caught))
+            model.train()
             stopping = result is None
-            if is_best := not stopping and result['val_loss'] < best_val_loss:
+            if master_process and not whole and not stopping:
+                progress.keep(it, spent, val_part_loss=result['val_loss'])
+        if whole and not stopping:
+            if is_best := result['val_loss'] < best_val_loss:
                 best_val_loss, best_iter = result['val_loss'], it
             ended = ended or 0 < patience * eval_every <= it - best_iter
-            if master_process and not stopping:
-                print(f'step {it}: ' + ', '.join(f'{name} {value:.4f}' for name, value in result.items()))
-                run_folder.record(iter=it, **result)
+            if master_process:
+                progress.evaluated(it, spent, result, tokenizer.decode(prompt), story)
                 run_folder.save(checkpoint(it, best_val_loss, best_iter), is_best, keep)
-                run_folder.plot()
-                print('   ', story.replace('\n', '\n    '), flush=True)
-            model.train()
         elif master_process and keep:
             run_folder.save(checkpoint(it, best_val_loss, best_iter), keep=True)
         if ended or stopping:
@@ -340,20 +347,13 @@ def main():
         it += 1
 
         # what a person sees
-        if master_process and (it - 1) % log_interval == 0:
-            speed = (it - logged_it) * step_tokens / (spent - logged_spent)
-            left = tqdm.format_interval((n_iters - it) * spent / (it - start_it))
-            logged_it, logged_spent = it, spent
+        if master_process:
             lr = optimizers[0].param_groups[0]['lr']
-            run_folder.record(iter=it - 1, loss=loss, lr=lr, grad_norm=grad_norm, tokens_per_s=speed)
-            mfu = f', MFU {speed * model.flops_per_token() / peak / world_size:.1%}' if peak else ''
-            print(f'step {it - 1}/{n_iters}: loss {loss:.4f}, lr {lr:.2e}, grad norm {grad_norm:.2f}, '
-                  f'{speed:,.0f} tokens/s, {left} left{mfu}'
-                  + (f', {skipped} steps skipped' if skipped else ''), flush=True)
-        if stopping:
-            break
+            progress.step(it - 1, spent, skipped, loss=loss, lr=lr, grad_norm=grad_norm)
 
     # the end ------------------------------------------------------------------
+    if master_process:
+        progress.close()
     if master_process and stopping:
         run_folder.save(checkpoint(it, best_val_loss, best_iter))
         print(f'stopped at step {it} and saved; go on with: {resume_command(out_dir)}', file=sys.stderr)

@@ -3,7 +3,6 @@
 import json
 import os
 import resource
-import sys
 from functools import partial
 
 import pytest
@@ -139,7 +138,7 @@ def test_metrics_go_on_from_the_step_and_leave_out_bad_lines(tmp_path):
     assert (tmp_path / 'metrics.jsonl').read_text() == '{"iter": 0, "loss": 1}\n{"iter": 1, "loss": 2}\n'
     folder.record(iter=2, loss=0.5)
     assert folder.records() == [{'iter': it, 'loss': loss} for it, loss in enumerate((1, 2, 0.5))]
-    assert os.listdir(tmp_path) == ['metrics.jsonl']  # no checkpoint: there is that to go on with
+    assert {*os.listdir(tmp_path)} == {'metrics.jsonl', 'samples.jsonl'}  # no checkpoint: there is one
 
 
 def test_the_best_is_saved_before_the_last_that_says_how_good_it_was(tmp_path, monkeypatch):
@@ -165,17 +164,6 @@ def test_a_new_run_takes_the_place_of_an_old_one_when_it_is_saved(tmp_path, monk
     (tmp_path / 'best.pt.tmp').write_bytes(b'half')  # of a killed save
     RunFolder(tmp_path, overwrite=True).begin(STATE | {'iter': 0})
     RunFolder(tmp_path / 'new' / 'folder').begin(STATE)
-    assert sorted(os.listdir(tmp_path)) == ['ckpt.pt', 'metrics.jsonl', 'new']
+    assert sorted(os.listdir(tmp_path)) == ['ckpt.pt', 'metrics.jsonl', 'new', 'samples.jsonl']
     assert load_checkpoint(tmp_path / 'ckpt.pt')['iter'] == 0
     assert json.loads(f"[{(tmp_path / 'metrics.jsonl').read_text()}]") == []
-
-
-def test_without_matplotlib_there_is_no_picture_and_one_line(tmp_path, monkeypatch, capsys):
-    for name in 'matplotlib', 'matplotlib.figure':
-        monkeypatch.setitem(sys.modules, name, None)
-    folder = RunFolder(tmp_path)
-    for it in range(3):
-        folder.record(iter=it, val_loss=1.0)
-        folder.plot()
-    assert capsys.readouterr().err == 'no loss.png is drawn: pip install matplotlib\n'
-    assert os.listdir(tmp_path) == ['metrics.jsonl']

@@ -21,11 +21,11 @@ def test_asked_to_stop_between_steps(start, tmp_path, monkeypatch, capsys, name,
     whole = metrics(tmp_path / 'out')
     asked, calls = getattr(train, name), []
 
-    def signalled(*args):
+    def signalled(*args, **kwargs):
         calls.append(name)
         if len(calls) == 2:
             os.kill(os.getpid(), number)
-        return asked(*args)
+        return asked(*args, **kwargs)
 
     monkeypatch.setattr(train, name, signalled)
     with pytest.raises(SystemExit) as exit:

@@ -69,12 +69,12 @@ class Watched(torch.nn.Module):
 @pytest.fixture
 def quick(start, monkeypatch):
     """quick(losses, *flags) trains with these losses in place of evaluations; returns the Watched."""
-    monkeypatch.setattr(train.RunFolder, 'plot', lambda _: None)
+    monkeypatch.setattr(train.Progress, 'plot', lambda _: None)
     monkeypatch.setattr(train, 'sample_story', lambda *_: '')
 
     def run(losses, *flags):
         coming, joined = iter(losses), []
-        monkeypatch.setattr(train, 'evaluate', lambda *_: {'val_loss': next(coming)})
+        monkeypatch.setattr(train, 'evaluate', lambda *_, **__: {'val_loss': next(coming)})
         monkeypatch.setattr(train, 'join_ranks', lambda *args: joined.append(Watched(*args)) or joined[0])
         start('--n_layer=1', '--block_size=16', '--optimizer=adamw', *flags)
         return joined[0]

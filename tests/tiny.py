@@ -40,7 +40,8 @@ def prepare(folder, train=None, val=None, shard_tokens=10**6, **changes):
 def metrics(folder):
     """The lines of a run's metrics.jsonl, without what depends on the clock."""
     lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != 'tokens_per_s'} for line in lines]
+    return [{key: value for key, value in line.items() if key not in ('tokens_per_s', 'seconds')}
+            for line in lines]
 
 
 # Scripts in processes forked from one that has imported what is slow
