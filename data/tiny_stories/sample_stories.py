@@ -536,5 +536,55 @@ def stories(n, seed):
             yield '\n\n'.join(paragraphs)
 
 
+# whether a story, of a model maybe, is as the grammar would have it
+
+def entries(tables, *slots):
+    """The set of all words that some tables have for these slots."""
+    return {row.split(' / ')[keys.split().index(slot)] for table in tables for keys, rows in table.items()
+            for slot in slots if slot in keys.split()
+            for row in (rows.split('|') if isinstance(rows, str) else rows)}
+
+
+def any_of(options):
+    """A pattern for one of them as a whole, the longest first: a toy car is no car."""
+    return rf"\b(?:{'|'.join(sorted(options, key=lambda option: (-len(option), option)))})\b"
+
+
+OBJECTS = entries([tables for _, tables, _ in PLOTS.values()], 'item')
+SPOTS = entries([PLOTS['lost toy'][1]], 'spot')
+SEXES = [{*(NAMES['child'][sex] + ' ' + NAMES['animal'][sex]).split()} for sex in PRONOUNS]
+SIGNS = {world: {*' '.join(NAMES[world].values()).split(), *entries([tables], 'hand', 'judge')}
+         for world, tables in WORLDS.items()}  # that tell an animal's story from a child's
+LANDS = {world: entries([tables], 'land', 'place') for world, tables in WORLDS.items()}
+
+
+def keeps(story):
+    """{kind: whether the story keeps it to the end}, of the kinds it has; every story of this grammar does.
+
+    name: the last paragraph names the hero, and nobody else in the story is of the hero's sex.
+    animal: no name, hand or judge is of a child's story where the hero is an animal, nor the reverse.
+    object: the first one of the first paragraph stands in the last one, too.
+    place: it suits the hero, an animal or a child, and what was lost in one spot is found in that spot.
+    A story that does not begin with its hero keeps neither name nor animal.
+    """
+    def found(options, text=story):
+        return {*re.findall(any_of(options), text)}
+
+    first, _, rest = story.partition('\n\n')
+    last = rest.split('\n\n')[-1]  # of a lone paragraph nothing is left
+    result, item = {'name': False, 'animal': False}, re.search(any_of(OBJECTS), first)
+    if hero := re.search(rf"\b(boy|girl|{ANIMALS.replace(' ', '|')}) named (\w+)", first):
+        kind, name = hero.groups()
+        own, other = ('animal', 'child') if kind in ANIMALS.split() else ('child', 'animal')
+        rivals = next((names for names in SEXES if name in names), {name})
+        result['name'] = name in found({name}, last) and found(rivals) == {name}
+        result['animal'] = not found(SIGNS[other])
+        if found(LANDS[own] | LANDS[other] | SPOTS):
+            result['place'] = not found(LANDS[other] - LANDS[own]) and len(found(SPOTS)) < 2
+    if item:
+        result['object'] = bool(found({item[0]}, last))
+    return result
+
+
 if __name__ == '__main__':
     print('\n\n---\n\n'.join(stories(3, random.randrange(10**6))))
