@@ -226,7 +226,8 @@ def test_names(enc, oracle):
                 'My mom ran. So Mom fell. Then Mom cried.']
     assert quality.names(None, enc, [*nameless, *TALES])[1] == 12
     assert quality.names(None, enc, TALES[:1])[1] == 0  # no other name
-    cyrillic = [f'\u042f {name}. \u0414\u0430. {name} \u0440\u0430\u0434.' for name in ('\u0418\u0432\u0430\u043d', '\u042e\u0440\u0430')]
+    ivan = '\u042f {0}. \u0414\u0430. {0} \u0440\u0430\u0434.'
+    cyrillic = [ivan.format(name) for name in ('\u0418\u0432\u0430\u043d', '\u042e\u0440\u0430')]
     assert quality.names(None, enc, cyrillic)[1] == 2
 
 
