@@ -94,6 +94,11 @@ def load_model(checkpoint, device='cpu'):
     return model.to(device).eval()
 
 
+def prepared_folder(dataset):
+    """The path that a `dataset` setting means: itself, or a folder under data/."""
+    return Path(dataset) if Path(dataset).is_dir() else Path(__file__).parent / 'data' / dataset
+
+
 class RunFolder:
     """The `out_dir` of a run that trains: ckpt.pt (last), best.pt, ckpt_STEP.pt, metrics.jsonl,
     samples.jsonl; and what progress.py draws and writes of them."""

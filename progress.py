@@ -23,8 +23,8 @@ from errors import reading
 
 def check_tracker(track):
     """Raises SettingError for another package than we know, ModuleNotFoundError where it is not installed."""
-    one_of(('', 'wandb', 'trackio'), track=track)
     if track:
+        one_of(('wandb', 'trackio'), track=track)
         importlib.import_module(track)
 
 
@@ -114,7 +114,9 @@ class Progress:
         losses.plot(*points('val_part_loss'), 'C1', alpha=0.6, label='validation, a part')
         losses.plot(*points('val_loss'), 'C1o', label='validation')
         losses.set(yscale='log', ylabel='loss (nats per token)')
-        ticks = np.geomspace(*losses.get_ylim(), 8)[1:-1]
+        low, high = losses.get_ylim()
+        ticks = [tick for tick in np.outer(10.0**np.arange(-5, 5), (1, 2, 5)).flat if low <= tick <= high]
+        ticks = ticks if len(ticks) > 2 else np.geomspace(low, high, 6)
         losses.set_yticks(ticks, [f'{tick:.3g}' for tick in ticks])
         losses.minorticks_off()
         losses.grid(alpha=0.3)
@@ -138,8 +140,8 @@ class Progress:
 
 
 def smoothed(values):
-    """The exponential moving average of a curve, over a thirtieth of it: a float array (len(values),)."""
-    keep, mean, out = 1 - 1 / (1 + len(values) / 30), 0.0, np.empty(len(values))
+    """The exponential moving average of a curve, over a hundredth of it: a float array (len(values),)."""
+    keep, mean, out = 1 - 1 / (1 + len(values) / 100), 0.0, np.empty(len(values))
     for i, value in enumerate(values):
         mean = keep * mean + (1 - keep) * value
         out[i] = mean / (1 - keep ** (i + 1))  # as if there had been the same before
@@ -161,7 +163,7 @@ def hardware(device, dtype, world_size):
     else:
         cpus, name = Path('/proc/cpuinfo'), platform.processor() or platform.machine()
         found = re.search(r'model name\s*: (.*)', cpus.read_text()) if cpus.exists() else None
-        name = f"{found[1] if found else name}, {torch.get_num_threads()} threads"
+        name = f"{found[1] if found else name}, threads: {torch.get_num_threads()}"
     count = f'{world_size} x ' if world_size > 1 else ''
     return f"{count}{device.type} ({name}) in {str(dtype)[6:]}, torch {torch.__version__}"
 

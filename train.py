@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from checkpoint import RunFolder, load_checkpoint
+from checkpoint import RunFolder, load_checkpoint, prepared_folder
 from configurator import configure, in_range, one_of, settings
 from data.shards import Batches, Split, fingerprint
 from data.tokenizer import load_tokenizer
@@ -237,7 +237,7 @@ def main():
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
     # the data -----------------------------------------------------------------
-    folder = Path(dataset) if Path(dataset).is_dir() else Path(__file__).parent / 'data' / dataset
+    folder = prepared_folder(dataset)
     verify = verify_data and local_rank == 0
     train_split, val_split = Split(folder, 'train', verify), Split(folder, 'val', verify)
     tokenizer = load_tokenizer(folder)

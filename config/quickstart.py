@@ -16,5 +16,5 @@ batch_size = 8
 max_iters = 1500
 warmup_iters = 20
 learning_rate = 0.01
-eval_interval = 500
+eval_interval = 250
 log_interval = 50

@@ -123,7 +123,7 @@ def test_without_matplotlib_there_is_no_picture_and_one_line(begin, tmp_path, mo
 
 def test_smoothing_is_a_mean_that_forgets():
     values = np.random.default_rng(0).normal(size=90)
-    keep = 1 - 1 / (1 + 90 / 30)
+    keep = 1 - 1 / (1 + 90 / 100)
     weights = keep ** np.arange(90)[::-1]
     assert smoothed(values)[-1] == pytest.approx((weights * values).sum() / weights.sum())
     np.testing.assert_allclose(smoothed(np.full(7, 3.0)), 3.0)
@@ -188,4 +188,4 @@ def test_a_story_begins_with_four_words_of_the_first_one(tmp_path):
 
 def test_the_hardware_is_named():
     text = hardware(torch.device('cpu'), torch.bfloat16, 2)
-    assert text.startswith('2 x cpu (') and f'{torch.get_num_threads()} threads) in bfloat16, torch' in text
+    assert text.startswith('2 x cpu (') and f'threads: {torch.get_num_threads()}) in bfloat16, torch' in text
