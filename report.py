@@ -9,6 +9,7 @@ Each figure stands beside the same one of as many validation stories, which says
 
 import json
 import math
+import re
 import time
 from functools import partial
 from operator import methodcaller
@@ -164,9 +165,17 @@ class Model:
         for prompt, match in self.shown:
             start, stop, n_words = match.longest
             stories.append({'text': match.story, 'prompt': prompt, 'copied': [start, stop],
-                            'words': n_words, 'source': match.source})
+                            'words': n_words, 'source': around(match.story[start:stop], match.source)})
         return {'name': self.name, 'facts': self.facts(), 'settings': self.settings, 'curves': curves,
                 'samples': samples, 'stories': stories, 'tokens': self.tokens}
+
+
+def around(passage, source):
+    """A training story, or of a long one what stands around the words of `passage`."""
+    if len(source) < 4000:
+        return source
+    place = re.search(r'\W*'.join(map(re.escape, quality.words(passage))), source, re.IGNORECASE)
+    return f'…{source[max(0, place.start() - 500):place.end() + 500]}…' if place else source[:4000]
 
 
 def side_by_side(models):
