@@ -147,13 +147,13 @@ def parted(stories):
 def scores(model, tokenizer, before, texts):
     """Log-probabilities in nats of `texts` after `before`, of which all see as much as the longest has
     room for; nan where that is less than half the context."""
-    tails = [tokenizer.encode_pieces([(text, False)])[0] for text in texts]
-    longest, block_size = max(map(len, tails)), model.config.block_size
-    if longest > block_size / 2:
+    ids, sizes = tokenizer.encode_pieces([(before, True), *((text, False) for text in texts)])
+    head, *tails = np.split(ids, sizes.cumsum()[:-1])
+    room = model.config.block_size + 1 - max(map(len, tails))
+    if room <= model.config.block_size / 2:
         return np.full(len(texts), math.nan)
-    head = tokenizer.encode_pieces([(before, True)])[0][longest - block_size - 1:]
-    rows = [(np.append(head, tail), len(head)) for tail in tails]
-    x, y = to_device(padded(rows, len(head) + longest - 1), next(model.parameters()).device)
+    rows = [(np.append(head[-room:], tail), min(len(head), room)) for tail in tails]
+    x, y = to_device(padded(rows, max(len(ids) for ids, _ in rows) - 1), next(model.parameters()).device)
     log_p = model.lm_head(model.hidden(x)[y >= 0]).log_softmax(-1, dtype=torch.float32)
     parts = log_p.gather(1, y[y >= 0][:, None]).split([*map(len, tails)])
     return np.array([part.sum().item() for part in parts])
@@ -242,7 +242,7 @@ def figures(model, tokenizer, written, real, validation, limit, built_in=False):
     ] for rows, matches, stories in sides]
     table = [(*row, real_row[-1]) for row, real_row in zip(*sides, strict=True)]
     for label, measure, note in (('own ending, %', endings, 'nine others: chance is 10'),
-                                 ('own name, %', names, 'it with another name: chance is 50')):
+                                 ('own name, %', names, 'one with another name: chance is 50')):
         value, n = measure(model, tokenizer, validation)
         note = f'of {n} real stories those whose last sentence it prefers to {note}'
         table.append(('endings', label, note, value, math.nan))
