@@ -3,9 +3,10 @@
     python bench.py --what time_to_loss --peer ../nanoGPT --text tiny_shakespeare.txt
     python bench.py --what train --peer ../llama2.c
     python bench.py --what sample --peer ../llama2.c --json sample.json
+    python bench.py --what encodings --text stories.jsonl
 
 A peer is a checkout of nanoGPT or llama2.c, which stays as it is. Figures are medians; a ratio above 1 says
-that ours is faster. Let nothing else run meanwhile.
+that ours is faster. `encodings` has no peer: it is char, bpe and gpt2. Let nothing else run meanwhile.
 """
 
 import contextlib
@@ -27,7 +28,9 @@ import numpy as np
 import torch
 from torch.nn.attention import sdpa_kernel
 
+from checkpoint import load_checkpoint, load_model
 from configurator import configure, in_range, one_of
+from data.shards import read_meta
 from data.tokenizer import CharTokenizer
 from device import DTYPES, autocast, choose_device, choose_dtype, keep_memory
 from errors import SettingError, UserError, run
@@ -36,14 +39,16 @@ from generate import KERNELS, generate
 from model import GPT, GPTConfig
 from quantize import to_int8
 
-what = ''  # time_to_loss, train or sample
+what = ''  # time_to_loss, train, sample or encodings
 peer = ''  # path of a checkout of nanoGPT or llama2.c; '': our figures alone
-text = ''  # path of tiny Shakespeare, for time_to_loss
+text = ''  # path of the text or stories: tiny Shakespeare for time_to_loss; '' for encodings: built in
 json = ''  # file to write the figures to, with the key `ratio` where a peer is compared
 repeats = 3  # rounds, each side once a round
 shape = '15M'  # of train and sample: 15M, 110M (llama2.c's) or 124M (GPT-2's)
-batch_size = 32  # sequences a training step, for every side
+batch_size = 32  # of train: sequences a step, for every side
 steps = 8  # timed steps of a round of train, after two that are not
+seconds = 60.0  # of training, of each side of encodings
+picture = 'encodings.png'  # file to draw encodings to; '': none
 device = 'auto'  # auto, cpu or cuda
 
 _HERE = Path(__file__).resolve().parent
@@ -86,8 +91,8 @@ def script(*words, cwd=_HERE, **flags):
     return command(sys.executable, *words, *(f'--{name}={value}' for name, value in flags.items()), cwd=cwd)
 
 
-def prepare(source, folder):
-    script('data/tiny_stories/prepare.py', source=source, encoding_type='char', out_dir=folder, offline=True)
+def prepare(source, folder, **values):
+    script('data/tiny_stories/prepare.py', source=source, out_dir=folder, **values)
 
 
 def train_script(folder, **values):
@@ -189,7 +194,7 @@ def time_to_loss():
         shutil.copy(text, data / 'input.txt')
         script('prepare.py', cwd=data)
         val_ids = np.fromfile(data / 'val.bin', np.uint16)
-        prepare(Path(text).resolve(), prepared)
+        prepare(Path(text).resolve(), prepared, encoding_type='char', offline=True)
         for seed in range(repeats):
             theirs = run_nanogpt(checkout, val_ids, nanogpt)
             short = run_ours(prepared, ours | changed, max_iters=to_target, seed=seed)
@@ -243,7 +248,7 @@ def train():
         source, prepared = Path(folder, 'random.txt'), Path(folder, 'prepared')
         characters = np.array(made_up_characters(_SHAPES[shape]['vocab_size']))
         source.write_text(''.join(np.random.default_rng(0).choice(characters, 2_000_000)), 'utf-8')
-        prepare(source, prepared)
+        prepare(source, prepared, encoding_type='char', offline=True)
         sides = {'ours': partial(our_rate, prepared, torch_device)}
         for ptdtype in dtypes if peer else ():
             sides[f'{peer_kind()}, {str(ptdtype)[6:]}'] = partial(peer_rate, torch_device, ptdtype)
@@ -304,10 +309,63 @@ def sample():
     return {'tokens_per_s': rates} | ratio
 
 
+# encodings ------------------------------------------------------------------------
+
+def evaluations(folder, seed):
+    """The evaluations of train.py, of all validation stories, in `seconds` of training on `folder`. Its
+    learning rate falls step by step, to 0 as the time ends: how many steps that will be, 30 tell, and
+    where the machine then was slower or faster by 10%, the run itself, once."""
+    train = partial(train_script, folder, config_file='config/quickstart.py', device=device, seed=seed)
+    n, records = 30, train(max_iters=30, eval_interval=30, eval_iters=1)
+    for _ in range(2):
+        spent = records[-1]['seconds'] - records[1]['seconds']  # but for the first step, which is slower
+        n = max(2, round(seconds * (n - 1) / spent))
+        records = train(max_iters=n, eval_interval=max(1, n // 6))
+        if abs(records[-1]['seconds'] / seconds - 1) < 0.1:
+            break
+    return [record for record in records if 'val_bpb' in record]
+
+
+def encodings():
+    """The quickstart on the same stories in each encoding: bits per byte after equal times of training.
+    The context is equal in tokens, not in bytes: time and memory go by tokens, and how far back as many
+    of them reach is part of what an encoding gives."""
+    source, found = Path(text).resolve() if text else 'sample', {}
+    share = min(10, 1e7 / source.stat().st_size) if text else 1  # for validation: about 100 KB
+    with tempfile.TemporaryDirectory() as folder:
+        folders = [Path(folder, name) for name in ('char', 'bpe', 'gpt2')]
+        for path in folders:
+            prepare(source, path, encoding_type=path.name, val_percentage=share)
+        rounds = [[evaluations(path, seed) for path in folders] for seed in range(repeats)]
+        for path, runs in zip(folders, zip(*rounds, strict=True), strict=True):
+            val = read_meta(path)['splits']['val']
+            kept = 'val_bpb', 'seconds', 'iter'  # the last of each run
+            figures = {key: median(run[-1][key] for run in runs) for key in kept}
+            figures |= {'parameters': load_model(load_checkpoint(path / 'run' / 'ckpt.pt')).n_params(),
+                        'bytes': val['bytes'], 'tokens_per_byte': val['tokens'] / val['bytes'],
+                        'curves': [[(at['seconds'], at['val_bpb']) for at in run] for run in runs]}
+            found[path.name] = figures
+            print('{:5} {val_bpb:.4f} bits a byte after {seconds:.1f} s, {iter:,.0f} steps; {parameters:,} '
+                  'parameters, {tokens_per_byte:.3f} tokens a byte'.format(path.name, **figures))
+    return {'encodings': found}
+
+
+def draw(found):
+    """Bits per byte over seconds of training, a line a run, as `picture`."""
+    from matplotlib.figure import Figure  # takes half a second; where it is missing, `run` says so
+    axes = Figure().subplots()
+    for i, (name, figures) in enumerate(found.items()):
+        for seed, curve in enumerate(figures['curves']):
+            axes.plot(*zip(*curve, strict=True), f'C{i}.-', label=name if seed == 0 else None)
+    axes.set(xlabel='seconds of training', ylabel='bits per byte, validation stories', yscale='log')
+    axes.legend()
+    axes.figure.savefig(picture)
+
+
 def main():
-    one_of(('time_to_loss', 'train', 'sample'), what=what)
+    one_of(('time_to_loss', 'train', 'sample', 'encodings'), what=what)
     one_of(_SHAPES, shape=shape)
-    in_range(at_least=1, repeats=repeats, batch_size=batch_size, steps=steps)
+    in_range(at_least=1, repeats=repeats, batch_size=batch_size, steps=steps, seconds=seconds)
     if (peer_kind() != 'nanoGPT' or not text) and what == 'time_to_loss':
         raise SettingError('time_to_loss takes --text tiny_shakespeare.txt and --peer, a checkout of nanoGPT')
     print(f'{what}, {repeats} rounds, torch {torch.__version__}, {torch.get_num_threads()} threads')
@@ -316,6 +374,8 @@ def main():
         print(f"ratio: {figures['ratio']:.2f}")
     if json:
         Path(json).write_text(json_format.dumps(figures, indent=1) + '\n')
+    if what == 'encodings' and picture:
+        draw(figures['encodings'])
 
 
 if __name__ == '__main__':

@@ -1,14 +1,19 @@
 """bench.py: what it reads out of logs, whose turn it is, and a comparison from end to end."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
 
 import bench
+from data.tokenizer import load_tokenizer
 from errors import UserError
-from tests.tiny import script
+from model import GPT, GPTConfig
+from tests.test_bundle import keep_gpt2
+from tests.test_formats import needs_all
+from tests.tiny import STORIES, script
 
 # A nanoGPT that trains as a peer must, and does no more
 FAKE_NANOGPT = '''
@@ -101,6 +106,68 @@ def test_training_beside_a_peer(tmp_path):
     assert figures['ratio'] == pytest.approx(rates['ours'] / rates['nanoGPT, float32'])
     assert f"ratio: {figures['ratio']:.2f}" in done.out
     assert sorted(path.name for path in checkout.iterdir()) == ['config', 'model.py']
+
+
+def test_a_run_of_an_encoding_takes_its_seconds(given):
+    """Step 0 takes 5 seconds, the others one, and half of it in the run that counts them out."""
+    calls = []
+
+    def trained(folder, max_iters, **values):
+        calls.append((max_iters, values['eval_interval'], values['seed']))
+        ends = [5 + i / (2 if len(calls) == 1 else 1) for i in range(max_iters)]
+        evaluated = {'val_bpb': 1.0}
+        return [evaluated | {'seconds': 0.0}, *({'seconds': end} for end in ends),
+                evaluated | {'seconds': ends[-1]}]
+
+    given(seconds=60.0, train_script=trained)
+    assert bench.evaluations('folder', 7) == [{'val_bpb': 1.0, 'seconds': at} for at in (0, 64)]
+    assert calls == [(30, 30, 7), (120, 20, 7), (60, 10, 7)]
+
+
+@needs_all
+def test_encodings_are_of_the_same_stories(given, tmp_path, capsys):
+    """prepare.py is the real one; in the place of train.py there is one with these rates."""
+    keep_gpt2(tmp_path / 'gpt2')
+    source = tmp_path / 'stories.jsonl'
+    source.write_text(''.join(json.dumps({'text': text + ' \u00e9'}) + '\n' for text in STORIES))
+    validation, rates = [], {'char': 300, 'bpe': 256, 'gpt2': 64}  # steps a second
+
+    def run(*words, **flags):
+        more = ['--vocab_size=400'] * (flags['encoding_type'] == 'bpe')  # there is not text for 4096
+        words += *more, *(f'--{name}={value}' for name, value in flags.items())
+        return script(*words, TIKTOKEN_CACHE_DIR=str(tmp_path / 'gpt2')).out
+
+    def trained(folder, max_iters, **values):
+        enc, ids = load_tokenizer(folder), np.fromfile(folder / 'val_00000.bin', '<u2')
+        stories = np.split(ids, np.flatnonzero(ids == enc.delimiter))[1:]
+        validation.append([enc.decode(story[1:].tolist()) for story in stories])
+        model = GPT(GPTConfig(vocab_size=enc.vocab_size, n_layer=1, n_head=1, n_embd=4, block_size=8))
+        (folder / 'run').mkdir(exist_ok=True)
+        torch.save({'model': model.state_dict(), 'config': asdict(model.config), 'tokenizer': enc.state(),
+                    'settings': {}, 'iter': max_iters}, folder / 'run' / 'ckpt.pt')
+        ends = [(i + 1) / rates[folder.name] for i in range(max_iters)]
+        bits = [8 + values['seed'], 8 / max_iters + values['seed']]
+        evaluated = [{'iter': i, 'seconds': at, 'val_bpb': bpb}
+                     for i, at, bpb in zip((0, max_iters), (0.0, ends[-1]), bits, strict=True)]
+        return [evaluated[0], *({'seconds': end} for end in ends), evaluated[1]]
+
+    given(script=run, train_script=trained, text=str(source), repeats=3, seconds=2.0,
+          picture=str(tmp_path / 'encodings.png'))
+    found = bench.encodings()['encodings']
+    size = sum(len(story.encode()) for story in validation[0])
+    assert 20 < len(validation[0]) < 45 and all(stories == validation[0] for stories in validation)
+    for name, steps in ('char', 600), ('bpe', 512), ('gpt2', 128):
+        figures = found[name]
+        assert figures['bytes'] == size and figures['iter'] == steps
+        assert figures['seconds'] == pytest.approx(2.0) and figures['val_bpb'] == 8 / steps + 1
+        curve = np.array([(0, 8), (2, 8 / steps)])
+        assert np.allclose(figures['curves'], [curve + np.array([0, seed]) for seed in range(3)])
+    tokens = [found[name]['tokens_per_byte'] for name in rates]
+    assert tokens[0] == pytest.approx(1, abs=0.02) and tokens[1] < 0.5 and tokens[2] < 0.5
+    assert found['gpt2']['parameters'] - found['bpe']['parameters'] == (50259 - 400) * 4
+    assert f'gpt2  {8 / 128 + 1:.4f} bits a byte after 2.0 s, 128 steps' in capsys.readouterr().out
+    bench.draw(found)
+    assert (tmp_path / 'encodings.png').read_bytes()[:4] == b'\x89PNG'
 
 
 def test_a_program_that_fails_says_why():
