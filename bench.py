@@ -320,7 +320,7 @@ def evaluations(folder, seed):
     for _ in range(2):
         spent = records[-1]['seconds'] - records[1]['seconds']  # but for the first step, which is slower
         n = max(2, round(seconds * (n - 1) / spent))
-        records = train(max_iters=n, eval_interval=max(1, n // 6))
+        records = train(max_iters=n, eval_interval=n // 6 + 1)
         if abs(records[-1]['seconds'] / seconds - 1) < 0.1:
             break
     return [record for record in records if 'val_bpb' in record]
@@ -340,11 +340,10 @@ def encodings():
         for path, runs in zip(folders, zip(*rounds, strict=True), strict=True):
             val = read_meta(path)['splits']['val']
             kept = 'val_bpb', 'seconds', 'iter'  # the last of each run
-            figures = {key: median(run[-1][key] for run in runs) for key in kept}
+            figures = found[path.name] = {key: median(run[-1][key] for run in runs) for key in kept}
             figures |= {'parameters': load_model(load_checkpoint(path / 'run' / 'ckpt.pt')).n_params(),
                         'bytes': val['bytes'], 'tokens_per_byte': val['tokens'] / val['bytes'],
                         'curves': [[(at['seconds'], at['val_bpb']) for at in run] for run in runs]}
-            found[path.name] = figures
             print('{:5} {val_bpb:.4f} bits a byte after {seconds:.1f} s, {iter:,.0f} steps; {parameters:,} '
                   'parameters, {tokens_per_byte:.3f} tokens a byte'.format(path.name, **figures))
     return {'encodings': found}
@@ -356,8 +355,9 @@ def draw(found):
     axes = Figure().subplots()
     for i, (name, figures) in enumerate(found.items()):
         for seed, curve in enumerate(figures['curves']):
-            axes.plot(*zip(*curve, strict=True), f'C{i}.-', label=name if seed == 0 else None)
-    axes.set(xlabel='seconds of training', ylabel='bits per byte, validation stories', yscale='log')
+            axes.semilogy(*zip(*curve, strict=True), f'C{i}.-', base=2, label=None if seed else name)
+    axes.set(xlabel='seconds of training', ylabel='bits per byte of the validation stories')
+    axes.yaxis.set_major_formatter('{x:g}')  # 0.5 and not 2 to the power of -1
     axes.legend()
     axes.figure.savefig(picture)
 

@@ -121,7 +121,7 @@ def test_a_run_of_an_encoding_takes_its_seconds(given):
 
     given(seconds=60.0, train_script=trained)
     assert bench.evaluations('folder', 7) == [{'val_bpb': 1.0, 'seconds': at} for at in (0, 64)]
-    assert calls == [(30, 30, 7), (120, 20, 7), (60, 10, 7)]
+    assert calls == [(30, 30, 7), (120, 21, 7), (60, 11, 7)]
 
 
 @needs_all
