@@ -328,7 +328,7 @@ def evaluations(folder, seed):
 
 def encodings():
     """The quickstart on the same stories in each encoding: bits per byte after equal times of training.
-    The context is equal in tokens, not in bytes: what a token costs is then equal but for its row, and how
+    The context is equal in tokens, not in bytes: a token costs the same then, but for its row, and how
     far back they reach is part of what it gives. (1024 of them make char slower, and no better.)"""
     source, found = Path(text).resolve() if text else 'sample', {}
     share = min(10, 1e7 / source.stat().st_size) if text else 1  # for validation: about 100 KB
@@ -344,8 +344,8 @@ def encodings():
             figures |= {'parameters': load_model(load_checkpoint(path / 'run' / 'ckpt.pt')).n_params(),
                         'bytes': val['bytes'], 'tokens_per_byte': val['tokens'] / val['bytes'],
                         'curves': [[(at['seconds'], at['val_bpb']) for at in run] for run in runs]}
-            print('{:5} {val_bpb:.4f} bits a byte after {seconds:.1f} s, {iter:,.0f} steps; {parameters:,} '
-                  'parameters, {tokens_per_byte:.3f} tokens a byte'.format(path.name, **figures))
+            print('{:5} {val_bpb:.4f} bits a byte in {seconds:.1f} s, {iter:,.0f} steps; {parameters:,}'
+                  ' parameters, {tokens_per_byte:.3f} tokens a byte'.format(path.name, **figures))
     return {'encodings': found}
 
 

@@ -165,7 +165,7 @@ def test_encodings_are_of_the_same_stories(given, tmp_path, capsys):
     tokens = [found[name]['tokens_per_byte'] for name in rates]
     assert tokens[0] == pytest.approx(1, abs=0.02) and tokens[1] < 0.5 and tokens[2] < 0.5
     assert found['gpt2']['parameters'] - found['bpe']['parameters'] == (50259 - 400) * 4
-    assert f'gpt2  {8 / 128 + 1:.4f} bits a byte after 2.0 s, 128 steps' in capsys.readouterr().out
+    assert f'gpt2  {8 / 128 + 1:.4f} bits a byte in 2.0 s, 128 steps' in capsys.readouterr().out
     bench.draw(found)
     assert (tmp_path / 'encodings.png').read_bytes()[:4] == b'\x89PNG'
 
