@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from errors import SettingError, UserError, reading
+from locking import lock
 from model import GPT, GPTConfig
 
 FILES = {'last': 'ckpt.pt', 'best': 'best.pt'}
@@ -108,14 +109,22 @@ class RunFolder:
         self.path, again = Path(path), os.environ.get('TORCHELASTIC_MAX_RESTARTS', '0') != '0'
         # torchrun --max-restarts starts the same command again
         self.resume = resume or (again and (self.path / FILES['last']).exists())
-        if not (self.resume or overwrite) and any((self.path / name).exists() for name in FILES.values()):
-            raise SettingError(f'{path} holds another run: go on with it (--init_from resume), replace it '
-                               '(--overwrite), or name another folder (--out_dir)')
+        self.overwrite = overwrite
+        self.check()
+
+    def check(self):
+        there = any((self.path / name).exists() for name in (*FILES.values(), 'metrics.jsonl'))
+        if there and not (self.resume or self.overwrite):
+            raise SettingError(f'{self.path} holds another run: go on with it (--init_from resume), replace '
+                               'it (--overwrite), or name another folder (--out_dir)')
 
     def begin(self, checkpoint):
-        """Until here there is the old run to go on with, from here on this one, at `checkpoint`."""
+        """Until here there is the old run to go on with, from here on this one, at `checkpoint`. Raises
+        UserError where another process trains in the folder."""
         with written(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+            lock(self.path, 'wait for it, or name another --out_dir')
+            self.check()  # once more: a run may have come and gone since
             for left in self.path.glob('*.tmp'):  # by a run that was killed while it saved
                 left.unlink()
             if not self.resume:

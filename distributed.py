@@ -44,8 +44,9 @@ def resume_command(out_dir):
 
 
 def watch_signals():
-    """Ctrl-C and SIGTERM put their number into the list returned; a second Ctrl-C stops at once. torchrun
-    hands a Ctrl-C on to processes that the terminal has told already: so, under it, not within a second."""
+    """Ctrl-C, SIGTERM and SIGHUP put their number into the list returned; a second Ctrl-C stops at once.
+    torchrun hands one on to processes that the terminal has told already: so, under it, not within a second.
+    """
     caught, first = [], 0.0
     echo = 1.0 if 'TORCHELASTIC_RUN_ID' in os.environ else 0.0  # seconds
 
@@ -56,8 +57,10 @@ def watch_signals():
         first = first or time.monotonic()
         caught.append(number)
 
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, note)
+    for name in 'SIGINT', 'SIGTERM', 'SIGHUP':
+        number = getattr(signal, name, None)  # Windows has no SIGHUP, nohup has it ignored
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, note)
     return caught
 
 

@@ -28,8 +28,12 @@ def run(main, less_memory=''):
     less_memory: what to do where memory runs out.
     """
     message = ''
-    if hasattr(sys.stdout, 'reconfigure'):  # a character that it has no code for is no reason to end
-        sys.stdout.reconfigure(errors='backslashreplace')
+    for stream in sys.stdout, sys.stderr:
+        if hasattr(stream, 'reconfigure'):
+            if stream.isatty():  # what it cannot show is no reason to end
+                stream.reconfigure(errors='replace')
+            else:  # names of files may have bytes that are no UTF-8
+                stream.reconfigure(encoding='utf-8', errors='surrogateescape')
     try:
         main()
         print(end='', flush=True)  # a full disk or a closed pipe shows here at the latest

@@ -7,6 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data import infill
+from errors import UserError
 
 # For attention to a cache. cuDNN, which an H100 would take, plans anew for each length: up to 0.1 s a token
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
@@ -97,9 +98,12 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, su
 
 def sample_token(logits, temperature, top_k, top_p, generator):
     """Draw one token id a row from logits (B, V); returns (B,)."""
+    likeliest, token = logits.max(-1, keepdim=True)
+    if not likeliest.isfinite().all():
+        raise UserError("the model predicts no numbers: its weights are ruined, as by a run that diverged")
     if temperature == 0:
-        return logits.argmax(-1)
-    logits, kept = (logits - logits.amax(-1, keepdim=True)) / temperature, None  # however small that is
+        return token[:, 0]
+    logits, kept = (logits - likeliest) / temperature, None  # however small that is
     if 0 < top_k < logits.size(-1):
         logits, kept = logits.topk(top_k)
     probs = logits.softmax(-1)

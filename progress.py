@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import sys
 import time
 from operator import methodcaller
@@ -16,9 +17,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import write_whole
+from checkpoint import FILES, write_whole
 from configurator import one_of
-from errors import reading
+from distributed import resume_command
+from errors import UserError, reading
 
 
 def check_tracker(track):
@@ -137,6 +139,14 @@ class Progress:
         self.bar.close()
         if self.tracker:
             self.tracker.finish()
+
+
+def diverged(it, what, out_dir, rate):
+    """The UserError for a run whose loss, gradients or weights are not finite. rate: AdamW's peak."""
+    good, last = (shlex.quote(os.path.join(out_dir, FILES[name])) for name in ('best', 'last'))
+    return UserError(f'step {it}: {what}. {good} is good: go on from it with a lower rate (or, in float16, '
+                     f'with --dtype float32): cp {good} {last} && {resume_command(out_dir)} --learning_rate '
+                     f'{min(rate / 10, 0.005):g}')
 
 
 def smoothed(values):

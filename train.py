@@ -33,7 +33,8 @@ from evaluate import evaluate, infill_rows, score
 from formats import load_pretrained
 from generate import sample_story
 from model import GPT, GPTConfig
-from progress import Progress, check_tracker, hardware, opening
+from muon import make_optimizers
+from progress import Progress, check_tracker, diverged, hardware, opening
 
 # what to read and write
 dataset = 'tiny_stories'  # a folder under data/, or any path to a prepared folder
@@ -117,26 +118,6 @@ def make_config(vocab_size):
         raise SettingError(str(error)) from None
 
 
-def make_optimizers(model):
-    """A list of optimizers that share out all parameters; each group's `peak_lr` is what the schedule scales.
-
-    Muon (Jordan 2024) takes the matrices of the blocks; AdamW takes embeddings, head, norms and biases.
-    """
-    in_blocks = {name for name, p in model.named_parameters() if p.dim() == 2 and name.startswith('blocks.')}
-    by_muon = in_blocks if optimizer == 'muon' else set()
-    adamw_lr = learning_rate or (0.01 if optimizer == 'muon' else 1e-3)
-    rest = [p for name, p in model.named_parameters() if name not in by_muon]
-    groups = [{'params': [p for p in rest if p.dim() == 2], 'weight_decay': weight_decay},
-              {'params': [p for p in rest if p.dim() != 2], 'weight_decay': 0.0}]
-    optimizers = [torch.optim.AdamW(groups, lr=adamw_lr, betas=(beta1, beta2), fused=True)]
-    if by_muon:
-        matrices = [p for name, p in model.named_parameters() if name in by_muon]
-        optimizers.insert(0, torch.optim.Muon(matrices, lr=2 * adamw_lr, weight_decay=weight_decay))
-    for group in (group for opt in optimizers for group in opt.param_groups):
-        group['peak_lr'] = group['lr']
-    return optimizers
-
-
 def lr_factor(it, n_iters):
     """Share of the peak learning rate at step `it` of n_iters: linear warm-up, then linear decay to 0."""
     warmup = min(1.0, (it + 1) / (warmup_iters + 1))
@@ -187,16 +168,16 @@ def begin_from(pretrained, model, tokenizer):
 def go_on(checkpoint, model, optimizers, scaler, data, n_iters):
     """Put back the state of a run; returns the step it is at, its best loss so far and the step of that.
     Raises SettingError where the model or the data are not those that it had."""
+    if checkpoint['fingerprint'] != data:
+        raise SettingError(f"the data in {dataset} is not what this run was trained on (fingerprint "
+                           f"{data[:12]}, the run's {checkpoint['fingerprint'][:12]}): prepare it as before, "
+                           'or name another --out_dir')
     now = asdict(model.config) | {'optimizer': optimizer}
     before = checkpoint['config'] | {'optimizer': checkpoint['settings'].get('optimizer', optimizer)}
     for name in before:
         if now[name] != before[name]:
             raise SettingError(f'{name} is {now[name]}, but {out_dir}/ckpt.pt has {before[name]}: leave it '
                                'out to go on with the run, or name another --out_dir for a new one')
-    if checkpoint['fingerprint'] != data:
-        raise SettingError(f"the data in {dataset} is not what this run was trained on (fingerprint "
-                           f"{data[:12]}, the run's {checkpoint['fingerprint'][:12]}): prepare it as before, "
-                           'or name another --out_dir')
     if checkpoint['iter'] > n_iters:
         raise SettingError(f"{n_iters} steps are asked for, but {out_dir}/ckpt.pt has {checkpoint['iter']}")
     model.load_state_dict(checkpoint['model'])
@@ -208,7 +189,10 @@ def go_on(checkpoint, model, optimizers, scaler, data, n_iters):
     return checkpoint['iter'], checkpoint['best_val_loss'], checkpoint.get('best_iter', checkpoint['iter'])
 
 
-def make_checkpoint(model, optimizers, scaler, tokenizer, meta, it, best_val_loss, best_iter):
+def make_checkpoint(ruined, model, optimizers, scaler, tokenizer, meta, it, best_val_loss, best_iter):
+    """The state of the run at step `it`, as checkpoint.py says. Raises ruined(it, why) if that is no good."""
+    if not all(p.isfinite().all() for p in model.parameters()):
+        raise ruined(it, 'there are weights that are not finite')
     return {
         'model': model.state_dict(), 'config': asdict(model.config), 'tokenizer': tokenizer.state(),
         'settings': settings(globals()), 'iter': it, 'best_val_loss': best_val_loss, 'best_iter': best_iter,
@@ -252,7 +236,7 @@ def main():
     run_folder = RunFolder(out_dir, init_from == 'resume', overwrite)
     torch.manual_seed(seed)
     model = GPT(make_config(tokenizer.vocab_size)).to(torch_device)
-    optimizers = make_optimizers(model)
+    optimizers = make_optimizers(model, optimizer, learning_rate, weight_decay, (beta1, beta2))
     scaler = torch.amp.GradScaler(torch_device.type, enabled=ptdtype == torch.float16)
     it, best_val_loss, best_iter = 0, math.inf, 0
     if run_folder.resume:
@@ -263,7 +247,8 @@ def main():
     ddp_model = join_ranks(model, torch_device)
     compiled_model, compiled_score = compiled(ddp_model, model, *to_device(batches(it)[0], torch_device),
                                               context)
-    checkpoint = partial(make_checkpoint, model, optimizers, scaler, tokenizer, train_split.meta)
+    ruined = partial(diverged, out_dir=out_dir, rate=optimizers[-1].param_groups[0]['peak_lr'])
+    checkpoint = partial(make_checkpoint, ruined, model, optimizers, scaler, tokenizer, train_split.meta)
     caught = watch_signals()
     step_tokens = batches.sequences * block_size
     if master_process:
@@ -296,6 +281,8 @@ def main():
                     story = sample_story(model, tokenizer, seed, prompt, lambda: bool(caught))
             model.train()
             stopping = result is None
+            if result and not math.isfinite(result['val_loss']):
+                raise ruined(it, f"the validation loss is {result['val_loss']}")
             if master_process and not whole and not stopping:
                 progress.keep(it, spent, val_part_loss=result['val_loss'])
         if whole and not stopping:
@@ -340,9 +327,7 @@ def main():
         # here, and in float16 above, the processor waits for a GPU
         loss, grad_norm, stopping = (figures / world_size).tolist()
         if not math.isfinite(loss) or not (math.isfinite(grad_norm) or scaler.get_scale() > 1):
-            raise UserError(f'step {it}: the loss is {loss}, the gradient norm {grad_norm}; the last good '
-                            f'weights are in {out_dir}/ckpt.pt. Go on with a lower --learning_rate or '
-                            f'--dtype float32: {resume_command(out_dir)}')
+            raise ruined(it, f'the loss is {loss}, the gradient norm {grad_norm}')
         spent += time.perf_counter() - began
         it += 1
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from errors import SettingError, UserError, reading
+from locking import lock
 
 SHARD_TOKENS = 100_000_000
 PREPARED = re.compile(r'(train|val)_\d{5}\.bin|tokenizer\.(json|model|tiktoken)')  # beside meta.json
@@ -56,9 +57,10 @@ def replacing(folder):
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob('.preparing-*'):
-            shutil.rmtree(left)
-        with tempfile.TemporaryDirectory('', '.preparing-', folder, ignore_cleanup_errors=True) as path:
+        with (lock(folder, 'wait for it, or name another --out_dir'),
+              tempfile.TemporaryDirectory('', '.preparing-', folder, ignore_cleanup_errors=True) as path):
+            for left in {*folder.glob('.preparing-*')} - {Path(path)}:
+                shutil.rmtree(left)
             new, cache = Path(path, 'new'), Path(path, 'cache')
             new.mkdir()
             cache.mkdir()

@@ -30,7 +30,7 @@ def run(data):
 def start(data, tmp_path):
     """start(*flags) is train.py in this process; its settings and signal handlers come back afterwards."""
     before = settings(vars(train))
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
     def run(*flags):
         words = [f'--dataset={data}', f'--out_dir={tmp_path}/out', '--eval_interval=4', '--max_iters=8']

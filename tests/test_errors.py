@@ -83,10 +83,22 @@ def test_want_of_memory_is_one_line(monkeypatch, capsys, error):
         run(main, 'halve it')
 
 
-def test_a_character_that_stdout_has_no_code_for_is_no_end(monkeypatch):
+@pytest.mark.parametrize('encoding', ['ascii', 'cp1252', 'utf-8'])
+def test_files_and_pipes_are_utf_8_with_the_bytes_of_file_names(monkeypatch, encoding):
+    monkeypatch.setenv('PYTHONIOENCODING', encoding)
+    code = "import sys; from errors import run; run(lambda: print('\\ufffd\\udcff', file=sys.{}))"
+    for name in 'stdout', 'stderr':
+        done = subprocess.run([sys.executable, '-c', code.format(name)], cwd=ROOT, capture_output=True)
+        assert (done.returncode, getattr(done, name)) == (0, b'\xef\xbf\xbd\xff\n')
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='needs a pseudo-terminal')
+def test_what_a_terminal_cannot_show_is_replaced(monkeypatch):
     monkeypatch.setenv('PYTHONIOENCODING', 'ascii')
-    done = python("from errors import run; run(lambda: print('\\ufffd'))", subprocess.PIPE)
-    assert (done.returncode, done.stdout) == (0, '\\ufffd\n')
+    reader, terminal = os.openpty()
+    code = "from errors import run; run(lambda: print('caf\\xe9 \\ufffd'))"
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, stdout=terminal)
+    assert (done.returncode, os.read(reader, 100)) == (0, b'caf? ?\r\n')
 
 
 @pytest.mark.parametrize('error', [

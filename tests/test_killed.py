@@ -1,7 +1,8 @@
 """Runs that are stopped or killed, and losses that are not finite: nothing is lost."""
 
 import os
-from signal import SIGINT, SIGTERM
+import shlex
+from signal import SIG_IGN, SIGHUP, SIGINT, SIGTERM, getsignal, signal
 
 import pytest
 
@@ -14,7 +15,8 @@ from tests.tiny import metrics
 
 
 @pytest.mark.parametrize('name, number, status', [
-    ('evaluate', SIGINT, 130), ('evaluate', SIGTERM, 143), ('sample_story', SIGINT, 130)])
+    ('evaluate', SIGINT, 130), ('evaluate', SIGTERM, 143), ('evaluate', SIGHUP, 129),
+    ('sample_story', SIGINT, 130)])
 def test_asked_to_stop_between_steps(start, tmp_path, monkeypatch, capsys, name, number, status):
     """The signal comes in the evaluation at step 4; what goes on from there is the unbroken run."""
     start('--overwrite')
@@ -46,6 +48,12 @@ def test_a_second_ctrl_c_stops_at_once(start):  # the fixture puts the handlers 
         os.kill(os.getpid(), SIGINT)
 
 
+def test_what_nohup_has_ignored_stays_ignored(start):
+    signal(SIGHUP, SIG_IGN)
+    watch_signals()
+    assert getsignal(SIGHUP) == SIG_IGN
+
+
 def test_an_old_run_stays_until_the_new_one_is_there(start, tmp_path, monkeypatch):
     start()
     files = {path: path.read_bytes() for path in (tmp_path / 'out').iterdir()}
@@ -73,10 +81,31 @@ def test_what_is_not_finite_does_not_reach_the_weights(start, tmp_path, monkeypa
         return forward(self, idx, targets, cache) * (value if sum(calls) > 10 and targets is not None else 1)
 
     monkeypatch.setattr(train.GPT, 'forward', broken)  # from step 5 on
-    with pytest.raises(UserError, match=r'step 5: the loss is (nan|inf).*--init_from resume'):
+    with pytest.raises(UserError, match=r'step 5: the loss is (nan|inf).*best.pt is good.* --init_from'):
         start()
     checkpoint = load_checkpoint(tmp_path / 'out' / 'ckpt.pt')
     assert checkpoint['iter'] == 4 and all(w.isfinite().all() for w in checkpoint['model'].values())
+
+
+@pytest.mark.parametrize('flags', [
+    ('--learning_rate=1e30', '--eval_interval=1'), ('--learning_rate=1e10',),
+    ('--learning_rate=100', '--eval_interval=5')])
+def test_a_run_that_diverged_goes_on_as_it_says(start, tmp_path, flags):
+    """Typed as printed; what is saved is finite at any time."""
+    flags = '--max_iters=40', '--warmup_iters=0', '--save_interval=1', *flags
+    with pytest.raises(UserError, match=r'best\.pt is good') as told:
+        start(*flags)
+    for path in (tmp_path / 'out').glob('*.pt'):
+        assert all(weight.isfinite().all() for weight in load_checkpoint(path)['model'].values())
+    copy, command = str(told.value).split('): cp ')[1].split(' && ')
+    good, last = shlex.split(copy)
+    (tmp_path / 'out' / 'ckpt.pt').unlink()
+    os.link(good, last)
+    words = shlex.split(command)
+    assert words[:2] == ['python', 'train.py'] and words[-2] == '--learning_rate'
+    start(*(f'{key}={value}' for key, value in zip(words[2::2], words[3::2], strict=True)), '--max_iters=40')
+    losses = [line['val_loss'] for line in metrics(tmp_path / 'out') if 'val_loss' in line]
+    assert load_checkpoint(last)['iter'] == 40 and losses[-1] < losses[0]
 
 
 def test_killed_at_random_moments(monkeypatch, capsys):

@@ -38,10 +38,10 @@ def test_the_learning_rate_at_its_edges(given):
     ('muon', 0.0, [0.02, 0.01, 0.01]), ('muon', 0.5, [1.0, 0.5, 0.5]), ('adamw', 0.0, [1e-3, 1e-3])])
 @pytest.mark.parametrize('choices', [
     {}, {'norm': 'layer', 'position': 'learned', 'bias': True, 'tie_embeddings': False}])
-def test_every_parameter_has_one_optimizer(given, optimizer, rate, peaks, choices):
-    given(optimizer=optimizer, learning_rate=rate, beta1=0.8, beta2=0.7, weight_decay=0.3)
+def test_every_parameter_has_one_optimizer(optimizer, rate, peaks, choices):
     model = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=8, **choices))
-    groups = [group for opt in train.make_optimizers(model) for group in opt.param_groups]
+    optimizers = train.make_optimizers(model, optimizer, rate, 0.3, (0.8, 0.7))
+    groups = [group for opt in optimizers for group in opt.param_groups]
     held = [(id(p), group['weight_decay']) for group in groups for p in group['params']]
     assert sorted(held) == sorted((id(p), 0.3 if p.dim() == 2 else 0.0) for p in model.parameters())
     in_blocks = [id(p) for p in model.blocks.parameters() if p.dim() == 2]
@@ -187,7 +187,7 @@ def test_an_overflow_changes_nothing_but_the_scale(quick, tmp_path, monkeypatch,
         states.append(copy.deepcopy((parameters, [opt.state_dict()['state'] for opt in optimizers])))
         return clip(parameters, limit)
 
-    monkeypatch.setattr(train, 'make_optimizers', lambda model: optimizers.extend(make(model)) or optimizers)
+    monkeypatch.setattr(train, 'make_optimizers', lambda *args: optimizers.extend(make(*args)) or optimizers)
     monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', planted)
     quick([3.0, 3.0], '--max_iters=4', '--dtype=float16', '--optimizer=muon')
     overflow, after, later = states[1:]

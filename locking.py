@@ -1,0 +1,47 @@
+"""One process at a time in a folder, by a lock of the system's, which goes when the process does."""
+
+import atexit
+import contextlib
+import errno
+import os
+import platform
+import sys
+from pathlib import Path
+
+from errors import UserError
+
+try:
+    from fcntl import LOCK_EX, LOCK_NB, lockf
+except ImportError:  # Windows
+    from msvcrt import LK_NBLCK, locking
+
+
+def lock(folder, way_out):
+    """Have `folder` for this process alone until it ends, or leaves the context that is returned.
+
+    The file .lock in it says whose it is; one that a killed process has left there is nobody's. Raises
+    UserError, with `way_out`, where another process has the folder.
+    """
+    path, same = Path(folder, '.lock'), False
+    while not same:  # it may have been removed, by the process that had it, before it was ours
+        file = open(path, 'a+')  # noqa: SIM115
+        try:
+            lockf(file, LOCK_EX | LOCK_NB) if os.name == 'posix' else locking(file.fileno(), LK_NBLCK, 1)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.seek(0)
+                raise UserError(f'{folder} is in use by process {file.read().strip()}: {way_out}') from None
+            print(f'{folder} cannot be locked ({error.strerror}): see that nothing else writes into it',
+                  file=sys.stderr)
+            return contextlib.closing(file)
+        with contextlib.suppress(OSError):
+            same = os.path.samestat(os.fstat(file.fileno()), path.stat())
+    file.truncate(0)
+    file.write(f'{os.getpid()} of {platform.node()}')
+    file.flush()
+
+    held = contextlib.ExitStack()
+    held.callback(file.close)
+    held.callback(path.unlink, missing_ok=True)  # before that, so that it is not another's by then
+    atexit.register(held.close)
+    return held
