@@ -6,9 +6,9 @@
 What was written is read back, by an independent program where there is one, before it is put in its place.
 """
 
+import contextlib
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from formats.hf import HuggingFace
 from formats.llama2c import Llama2c
 from formats.safetensors import Safetensors
 from generate import generate
+from locking import lock
 
 out_dir = 'out-tiny-stories'  # folder of the checkpoint
 ckpt = 'best'  # best (lowest validation loss) or last
@@ -96,6 +97,20 @@ def compare(model, tokenizer, program):
             raise UserError(f'{program.reader} reads {text!r} as other tokens than we do: nothing was kept')
 
 
+@contextlib.contextmanager
+def staging(target):
+    """Yields where to write what is to become `target`; it is gone afterwards, or after the next export."""
+    stage = target.with_name(f'.{target.name}.unfinished')
+    stage.mkdir(parents=True, exist_ok=True)
+    with lock(stage, f'it exports to {target}, too'):
+        try:
+            for left in stage.glob('[!.]*'):  # by a killed one
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            yield stage / 'export'
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+
+
 def main():
     formats = {'llama2c': Llama2c(), 'llama2c-int8': Llama2c(int8=True), 'hf': HuggingFace(),
                'gguf': GGUF(dtype), 'safetensors': Safetensors()}
@@ -108,9 +123,7 @@ def main():
         others = [name for name, other in formats.items() if not other.mismatches(model.config, tokenizer)]
         raise SettingError(f"{format} cannot hold this model ({'; '.join(reasons)}): {', '.join(ways_out)}, "
                            f"or take this one to --format {' or '.join(others)}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f'.{target.name}-') as stage:
-        staged = Path(stage, target.name)
+    with staging(target) as staged:
         if chosen.files:
             staged.mkdir()
         chosen.write(staged, checkpoint, tokenizer)

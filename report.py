@@ -10,6 +10,7 @@ Each figure stands beside the same one of as many validation stories, which says
 import json
 import math
 import re
+import shlex
 import time
 from functools import partial
 from operator import methodcaller
@@ -78,7 +79,7 @@ class Model:
         self.train, self.val = Split(self.data, 'train'), Split(self.data, 'val')
         if load_tokenizer(self.data).state() != checkpoint['tokenizer']:
             raise UserError(f'{data} was prepared with another tokenizer than {name} has: prepare it with '
-                            f'--tokenizer {name}')
+                            f'--tokenizer {shlex.quote(name)}')
         if not dataset and checkpoint.get('fingerprint', '') != fingerprint(self.train.meta):
             raise UserError(f'the data in {data} is not what {name} was trained on: prepare it as before, or '
                             'say with --dataset that it is what to evaluate on')

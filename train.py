@@ -155,7 +155,7 @@ def begin_from(pretrained, model, tokenizer):
     """Put the weights of the pretrained model into `model`. Raises UserError where they do not suit."""
     if pretrained['tokenizer'] and pretrained['tokenizer'] != tokenizer.state():
         raise UserError(f'{dataset} was prepared with another tokenizer than {init_from} has: prepare it '
-                        f'with --tokenizer {init_from}')
+                        f'with --tokenizer {shlex.quote(init_from)}')
     for name, theirs in pretrained['config'].items():
         ours = getattr(model.config, name)
         shorter = name == 'block_size' and ours < theirs and model.config.position != 'learned'

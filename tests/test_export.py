@@ -49,6 +49,15 @@ def test_every_format_proves_that_it_arrived(run, tmp_path, name, dtype, encodin
     assert sorted(path.name for path in tmp_path.iterdir()) == ['out', 'to']  # nothing left over
 
 
+def test_what_a_killed_export_left_is_removed(run, tmp_path):
+    left = tmp_path / '.to.unfinished'
+    for part in left, left / 'export':
+        part.mkdir()
+        (part / '.lock').touch()
+    run('safetensors', {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['out', 'to']
+
+
 def test_a_small_mistake_is_ten_times_the_largest_bound():
     checkpoint, tokenizer, fmt = make(trained('char'), **SHAPE), trained('char'), Llama2c(int8=True)
     assert fmt.bound >= max(GGUF('q8_0').bound, GGUF('f16').bound, HuggingFace().bound)
