@@ -11,6 +11,7 @@ import os
 import shlex
 import shutil
 import zipfile
+from dataclasses import fields, replace
 from functools import partial
 from operator import methodcaller
 from pathlib import Path
@@ -18,41 +19,10 @@ from pathlib import Path
 import torch
 
 from errors import SettingError, UserError, reading
-from locking import lock
+from files import lock, write_whole, written
 from model import GPT, GPTConfig
 
 FILES = {'last': 'ckpt.pt', 'best': 'best.pt'}
-
-
-@contextlib.contextmanager
-def written(path):
-    """UserError where the disk does not take what is written to `path` in here."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # torch.save hides the former behind the latter
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        raise UserError(f'cannot write {path} ({cause.strerror or cause}); what was saved before is whole: '
-                        'make room or name another --out_dir, then go on with --init_from resume') from None
-
-
-def write_whole(path, write):
-    """write(file) to `path`, whole or not at all: what was there stays until the new file is on disk.
-    Raises UserError where the disk does not take it."""
-    temporary = path.with_name(path.name + '.tmp')
-    try:
-        with written(path), open(temporary, 'wb') as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        if os.name == 'posix':  # so that the new name outlives a power cut; Windows cannot open a folder
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_checkpoint(path):
@@ -87,10 +57,29 @@ def other_checkpoint(path):
     return f'; {other} is whole: ' + ('use it with --ckpt last' if path.name == 'best.pt' else f'type {copy}')
 
 
+def check_size(config, weights):
+    """Raises ValueError where a config claims another number of parameters than the weights have: before a
+    model of that size is made. One of two layers tells how many a layer has."""
+    for field in fields(config):
+        if not isinstance(value := getattr(config, field.name), (type(field.default), int)):
+            raise ValueError(f'{field.name} is {value!r}')
+    if config.block_size > 2**20:
+        raise ValueError(f'block_size is {config.block_size:,}')
+    with torch.device('meta'):  # where nothing takes memory
+        one, two = (GPT(replace(config, n_layer=n)).n_params() for n in (1, 2))
+    claimed = one + (config.n_layer - 1) * (two - one)
+    there = sum(w.numel() for name, w in weights.items()
+                if name != 'lm_head.weight' or not config.tie_embeddings)
+    if claimed != there:
+        raise ValueError(f'{there:,} parameters where the config has {claimed:,}')
+
+
 def load_model(checkpoint, device='cpu'):
     """The GPT of a checkpoint, in evaluation mode, on `device`. Raises UserError where it makes none."""
     with reading("the checkpoint's config and weights", 'make no model of ours'):
-        model = GPT(GPTConfig(**checkpoint['config']))
+        config = GPTConfig(**checkpoint['config'])
+        check_size(config, checkpoint['model'])
+        model = GPT(config)
         model.load_state_dict(checkpoint['model'])
     return model.to(device).eval()
 

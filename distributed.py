@@ -37,18 +37,16 @@ def leave_ranks():
 
 def resume_command(out_dir):
     """What to type to go on with the run in `out_dir`."""
-    (_, _, world_size), here = ranks(), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    world_size, here = ranks()[2], int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     nodes = '--standalone' if world_size == here else '...'  # on several nodes, the options of their start
-    start = 'python' if world_size == 1 else f'torchrun {nodes} --nproc_per_node={here}'
+    start = f'torchrun {nodes} --nproc_per_node={here}' if world_size > 1 else 'python'
     return f'{start} train.py --init_from resume --out_dir {shlex.quote(out_dir)}'
 
 
 def watch_signals():
-    """Ctrl-C, SIGTERM and SIGHUP put their number into the list returned; a second Ctrl-C stops at once.
-    torchrun hands one on to processes that the terminal has told already: so, under it, not within a second.
-    """
-    caught, first = [], 0.0
-    echo = 1.0 if 'TORCHELASTIC_RUN_ID' in os.environ else 0.0  # seconds
+    """Ctrl-C, SIGTERM and SIGHUP put their number into the list returned; a second Ctrl-C stops at once, but
+    under torchrun not within a second: it hands on what the terminal has told already."""
+    caught, first, echo = [], 0.0, float('TORCHELASTIC_RUN_ID' in os.environ)  # seconds
 
     def note(number, frame):
         nonlocal first
@@ -57,9 +55,8 @@ def watch_signals():
         first = first or time.monotonic()
         caught.append(number)
 
-    for name in 'SIGINT', 'SIGTERM', 'SIGHUP':
-        number = getattr(signal, name, None)  # Windows has no SIGHUP, nohup has it ignored
-        if number and signal.getsignal(number) != signal.SIG_IGN:
+    for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGHUP', signal.SIGTERM)}:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
             signal.signal(number, note)
     return caught
 

@@ -18,12 +18,12 @@ from checkpoint import FILES, load_checkpoint, load_model
 from configurator import configure, one_of
 from data.tokenizer import tokenizer_from_state
 from errors import SettingError, UserError, run
+from files import lock
 from formats.gguf import GGUF, is_gguf
 from formats.hf import HuggingFace
 from formats.llama2c import Llama2c
 from formats.safetensors import Safetensors
 from generate import generate
-from locking import lock
 
 out_dir = 'out-tiny-stories'  # folder of the checkpoint
 ckpt = 'best'  # best (lowest validation loss) or last

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from checkpoint import FILES, write_whole
+from checkpoint import FILES
 from configurator import one_of
 from distributed import resume_command
 from errors import UserError, reading
+from files import write_whole
 
 
 def check_tracker(track):

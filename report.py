@@ -19,13 +19,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 import quality
-from checkpoint import FILES, RunFolder, load_checkpoint, load_model, prepared_folder, write_whole
+from checkpoint import FILES, RunFolder, load_checkpoint, load_model, prepared_folder
 from configurator import configure, in_range, one_of
 from data.shards import Split, fingerprint
 from data.tokenizer import load_tokenizer, tokenizer_from_state
 from device import DTYPES, choose_device, choose_dtype, keep_memory
 from errors import SettingError, UserError, run
 from evaluate import evaluate, infill_rows, score
+from files import write_whole
 from formats import load_pretrained
 from generate import continued
 from progress import run_facts

@@ -10,6 +10,7 @@
 import atexit
 import gc
 import math
+import os
 import shlex
 import signal
 import sys
@@ -107,6 +108,8 @@ def check_settings():
     one_of(('muon', 'adamw'), optimizer=optimizer)
     one_of(('auto', 'True', 'False'), compile=compile)
     check_tracker(track)
+    if 'WORLD_SIZE' in os.environ and 'RANK' not in os.environ:
+        raise UserError('WORLD_SIZE is set, and no RANK: unset it, or start several processes by torchrun')
 
 
 def make_config(vocab_size):

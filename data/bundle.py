@@ -65,7 +65,7 @@ def sha256(path):
 def unpack(path, folder):
     """Unpacks the bundle `path` into `folder`; returns the path of its stories. Raises UserError where it is
     none, damaged or cut, or where a name in it leaves the folder: what is in `folder` then is of no use."""
-    path = Path(path).expanduser()
+    path = Path(path)
     with reading(path, 'is damaged or cut'), tarfile.open(path) as tar:
         first = tar.next()
         if first is None or first.name != MANIFEST:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from errors import SettingError, UserError, reading
-from locking import lock
+from files import lock
 
 SHARD_TOKENS = 100_000_000
 PREPARED = re.compile(r'(train|val)_\d{5}\.bin|tokenizer\.(json|model|tiktoken)')  # beside meta.json

@@ -34,7 +34,7 @@ def load_stories(source, cache, sample, percentage=100.0, offline=False, column=
     `validation`, or `train` alone. A lone .txt without delimiters is one document: nine tenths of its
     characters are for training, as in nanoGPT, and of both parts the first `percentage` percent are taken.
     """
-    path, why = Path(source).expanduser(), ''
+    path, why = Path(source), ''
     on_hub = re.fullmatch(HUB_NAME, source) if not (path.exists() or kind(path)) else None
     if not on_hub or (why := unreachable(offline)):  # else the library asks the hub about local files, too
         os.environ['HF_HUB_OFFLINE'] = os.environ['HF_DATASETS_OFFLINE'] = '1'  # read when it is imported

@@ -19,7 +19,7 @@ CHUNK = 1 << 22  # tokens read at a time
 def token_files(source):
     """{split: [paths]} of the token files in the folder `source`, {} where there are none: where stories lie
     beside them under the same names, as llama2.c has them, those are what counts."""
-    files = sorted(file for file in Path(source).expanduser().glob('*.bin') if file.is_file())
+    files = sorted(file for file in Path(source).glob('*.bin') if file.is_file())
     val, train, data = ([file for file in files if file.stem.startswith(name)]
                         for name in ('val', 'train', 'data'))
     if data and not (val or train):
@@ -68,7 +68,7 @@ def write_streams(files, enc, tokenizer, val_share, share, folder):
 
 def characters_of(enc, path):
     """What nanoGPT's numbers of the characters in the text `path` are in its CharTokenizer: uint16, 1-D."""
-    ids = [enc.encode(char)[1:] for char in sorted({*Path(path).expanduser().read_text(encoding='utf-8')})]
+    ids = [enc.encode(char)[1:] for char in sorted({*Path(path).read_text(encoding='utf-8')})]
     if any(len(of_char) > 1 for of_char in ids):
         raise UserError(f'{path} has U+2581, which is three tokens here: no token file can have it')
     return np.array(ids, '<u2')[:, 0]

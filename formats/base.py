@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import torch
 
-from checkpoint import load_model
+from checkpoint import check_size, load_model
 from data.tokenizer import tokenizer_from_state
 from errors import UserError, reading
 from model import GPT
@@ -57,9 +57,7 @@ class Importer(Format):
             if tokenizer and config.vocab_size != tokenizer.vocab_size:
                 add_infilling_rows(weights, tokenizer.vocab_size - 2)
                 config.vocab_size = tokenizer.vocab_size
-            # nothing is made of a size that a stranger's file claims before its tensors show that it has it
-            if config.n_layer > len(weights) or config.block_size > 2**20:
-                raise ValueError(f'{len(weights)} tensors for {config}')
+            check_size(config, weights)
             with torch.device('meta'):
                 GPT(config).load_state_dict(weights, assign=True)
         return {'model': weights, 'config': asdict(config), 'tokenizer': tokenizer and tokenizer.state(),

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import checkpoint
-from checkpoint import RunFolder, load_checkpoint, load_model, write_whole, written
+from checkpoint import RunFolder, load_checkpoint, load_model
 from errors import SettingError, UserError
+from files import write_whole, written
 from model import GPT, GPTConfig
 
 STATE = {
@@ -120,6 +121,18 @@ def test_what_is_no_checkpoint_of_ours_is_refused(tmp_path):
         torch.save(other, tmp_path / 'ckpt.pt')
         with pytest.raises(UserError, match='not a checkpoint of this project'):
             load_checkpoint(tmp_path / 'ckpt.pt')
+
+
+@pytest.mark.parametrize('claim', [
+    {'n_layer': 10**7}, {'n_embd': 10**6, 'n_head': 10}, {'vocab_size': 10**12}, {'block_size': 10**12},
+    {'block_size': 32.5}, {'n_layer': '2'}, {'n_layer': 3}, {'mlp_width': 10**9}, {'another': 1}])
+def test_a_config_that_claims_another_size_takes_no_memory(claim):
+    config = {'n_layer': 2, 'n_head': 2, 'n_embd': 8, 'vocab_size': 11}
+    weights, used = GPT(GPTConfig(**config)).state_dict(), partial(resource.getrusage, resource.RUSAGE_SELF)
+    before = used().ru_maxrss
+    with pytest.raises(UserError, match='make no model of ours'):
+        load_model({'config': config | claim, 'model': weights})
+    assert used().ru_maxrss - before < 100_000  # kilobytes
 
 
 def test_a_loaded_model_does_not_drop():

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -42,6 +43,7 @@ FILES = {
     'bom.json': '\ufeff{"max_iters": 11}',
     'own_affairs.py': '''"""Docstring."""
 import math
+import os
 from math import *
 from math import e as euler
 _steps = 3
@@ -108,6 +110,9 @@ def test_the_settings_are_the_plain_public_globals_of_the_script_itself(script):
     ('--dtype 16', {'dtype': '16'}),
     ('--dtype -- --compile', {'dtype': '--', 'compile': True}),
     ('--dtype=', {'dtype': ''}),
+    ('--dtype=~/a', {'dtype': os.path.expanduser('~/a')}),
+    ('--dtype=~', {'dtype': '~'}),
+    (['--dtype', os.fsdecode(b'\xff')], {'dtype': os.fsdecode(b'\xff')}),
     (['--start', ' Once upon\n"a" time '], {'start': ' Once upon\n"a" time '}),
     # files
     ('config/plain', {'max_iters': 7}),
@@ -164,6 +169,8 @@ def test_a_mistake_on_the_command_line_is_one_line(script, capsys, argv, message
      'config/x.py, line 2: FileNotFoundError: '),
     ('x.json', b'{"_private": 5}', "unknown setting '_private' in config/x.json"),
     ('x.json', b'{"dtype": 5}', "'dtype' in config/x.json must be a str, not 5"),
+    ('x.json', b'{"dtype": "a\\u0000b"}', r"'dtype' in config/x.json is 'a\x00b', which no text"),
+    ('x.json', b'{"dtype": "\\ud800"}', r"'dtype' in config/x.json is '\ud800', which no text"),
     ('x.json', b'{"learning_rate": NaN}', "'learning_rate' in config/x.json must be a finite number, not"),
     ('x.json', b'{"learning_rate": 1' + b'0' * 400 + b'}',
      "'learning_rate' in config/x.json must be a finite number, not 1000"),

@@ -11,9 +11,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from checkpoint import load_checkpoint, write_whole
+from checkpoint import load_checkpoint
 from data.tokenizer import CharTokenizer
 from errors import SettingError, UserError
+from files import write_whole
 from model import GPT, GPTConfig
 from tests.tiny import metrics, script
 

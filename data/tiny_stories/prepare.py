@@ -201,7 +201,7 @@ def main():
                    column=text_column)
     if bundle:
         return print(write_bundle(bundle, partial(load, source), offline))
-    folder = Path(out_dir).expanduser() if out_dir else _HERE
+    folder = Path(out_dir) if out_dir else _HERE
     with replacing(folder) as (new, cache):
         place = unpack(source, cache / 'bundle') if source.endswith('.tar') else source
         enc = given_tokenizer(cache / 'bundle' / 'gpt2')

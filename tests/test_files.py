@@ -9,14 +9,14 @@ import pytest
 
 from checkpoint import RunFolder
 from errors import UserError
-from locking import lock
+from files import lock
 from tests.tiny import ROOT, Script, script
 
 
 @pytest.fixture
 def holder(tmp_path):
     """A process that holds tmp_path, until it is killed or reads a line."""
-    code = f'import locking; locking.lock({str(tmp_path)!r}, ""); print(0, flush=True); input()'
+    code = f'import files; files.lock({str(tmp_path)!r}, ""); print(0, flush=True); input()'
     process = subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE)
     assert process.stdout.readline()
@@ -49,7 +49,7 @@ def test_an_end_leaves_nothing(holder, tmp_path):
 
 
 def test_a_lock_that_was_removed_meanwhile_is_not_taken(tmp_path, monkeypatch):
-    """Between the opening and the locking of the file: another process's lock would be on another file."""
+    """Between the opening and the files of the file: another process's lock would be on another file."""
     opened, real = [], open
 
     def slow(path, mode):
@@ -67,7 +67,7 @@ def test_a_folder_that_cannot_be_locked_is_used_with_a_word(tmp_path, monkeypatc
     def refuse(*_):
         raise OSError(38, 'Function not implemented')
 
-    monkeypatch.setattr('locking.lockf', refuse)
+    monkeypatch.setattr('files.lockf', refuse)
     with lock(tmp_path, ''):
         assert 'cannot be locked (Function not implemented)' in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""One process at a time in a folder, by a lock of the system's, which goes when the process does."""
+"""Files that are written whole or not at all, and folders that one process writes into at a time."""
 
 import atexit
 import contextlib
@@ -45,3 +45,34 @@ def lock(folder, way_out):
     held.callback(path.unlink, missing_ok=True)  # before that, so that it is not another's by then
     atexit.register(held.close)
     return held
+
+
+@contextlib.contextmanager
+def written(path):
+    """UserError where the disk does not take what is written to `path` in here."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save hides the former behind the latter
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(f'cannot write {path} ({cause.strerror or cause}); what was saved before is whole: '
+                        'make room or name another --out_dir, then go on with --init_from resume') from None
+
+
+def write_whole(path, write):
+    """write(file) to `path`, whole or not at all: what was there stays until the new file is on disk.
+    Raises UserError where the disk does not take it."""
+    temporary = path.with_name(path.name + '.tmp')
+    try:
+        with written(path), open(temporary, 'wb') as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        if os.name == 'posix':  # so that the new name outlives a power cut; Windows cannot open a folder
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
