@@ -92,7 +92,7 @@ def test_what_is_not_finite_does_not_reach_the_weights(start, tmp_path, monkeypa
     ('--learning_rate=100', '--eval_interval=5')])
 def test_a_run_that_diverged_goes_on_as_it_says(start, tmp_path, flags):
     """Typed as printed; what is saved is finite at any time."""
-    flags = '--max_iters=40', '--warmup_iters=0', '--save_interval=1', *flags
+    flags = '--max_iters=20', '--warmup_iters=0', '--save_interval=1', *flags
     with pytest.raises(UserError, match=r'best\.pt is good') as told:
         start(*flags)
     for path in (tmp_path / 'out').glob('*.pt'):
@@ -103,9 +103,9 @@ def test_a_run_that_diverged_goes_on_as_it_says(start, tmp_path, flags):
     os.link(good, last)
     words = shlex.split(command)
     assert words[:2] == ['python', 'train.py'] and words[-2] == '--learning_rate'
-    start(*(f'{key}={value}' for key, value in zip(words[2::2], words[3::2], strict=True)), '--max_iters=40')
+    start(*(f'{key}={value}' for key, value in zip(words[2::2], words[3::2], strict=True)), '--max_iters=20')
     losses = [line['val_loss'] for line in metrics(tmp_path / 'out') if 'val_loss' in line]
-    assert load_checkpoint(last)['iter'] == 40 and losses[-1] < losses[0]
+    assert load_checkpoint(last)['iter'] == 20 and losses[-1] < losses[0]
 
 
 def test_killed_at_random_moments(monkeypatch, capsys):
