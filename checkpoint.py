@@ -7,6 +7,7 @@ data) and 'infill_rate'. It holds tensors and plain values only, so that reading
 
 import contextlib
 import json
+import math
 import os
 import shlex
 import shutil
@@ -126,12 +127,15 @@ class RunFolder:
                 write_whole(self.path / name, methodcaller('write', lines))
 
     def records(self, name='metrics.jsonl'):
-        """The lines of a file, a list of dicts."""
+        """The lines of a file, a list of dicts of numbers, and of two texts: without what is not ours."""
         path, records = self.path / name, []
         for line in path.read_text(errors='replace').splitlines() if path.exists() else ():
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # half a line, of a killed run
+            with contextlib.suppress(Exception):  # half a line, of a killed run
                 record = json.loads(line)
-                records += [record] if record['iter'] >= 0 else []
+                texts = {'prompt', 'story'} & {*record}
+                sound = all(map(math.isfinite, (record[key] for key in {*record} - texts)))
+                sound = sound and all(isinstance(record[key], str) for key in texts)
+                records += [record] if sound and record['iter'] >= 0 else []
         return records
 
     def record(self, name='metrics.jsonl', **values):

@@ -56,8 +56,9 @@ def written(path):
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
-        raise UserError(f'cannot write {path} ({cause.strerror or cause}); what was saved before is whole: '
-                        'make room or name another --out_dir, then go on with --init_from resume') from None
+        way_out = ('the folder was removed or renamed meanwhile' if isinstance(cause, FileNotFoundError) else
+                   'make room or name another --out_dir; what was saved before, if anything, is whole')
+        raise UserError(f'cannot write {path} ({cause.strerror or cause}): {way_out}') from None
 
 
 def write_whole(path, write):

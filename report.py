@@ -65,8 +65,8 @@ class Model:
     """A model to report on, what it was trained on, and the stories that both have."""
 
     def __init__(self, name, torch_device):
-        self.name, lone = name, bool(init_from)
-        checkpoint = load_pretrained(name) if lone else load_checkpoint(Path(name) / FILES[ckpt])
+        self.name = name
+        checkpoint = load_pretrained(name) if init_from else load_checkpoint(Path(name) / FILES[ckpt])
         if not checkpoint['tokenizer']:
             raise UserError(f'{name} has no tokenizer beside it: put the one there that it was trained with')
         self.tokenizer = tokenizer_from_state(checkpoint['tokenizer'])
@@ -84,12 +84,6 @@ class Model:
         if not dataset and checkpoint.get('fingerprint', '') != fingerprint(self.train.meta):
             raise UserError(f'the data in {data} is not what {name} was trained on: prepare it as before, or '
                             'say with --dataset that it is what to evaluate on')
-
-    def evaluate(self):
-        """Loss, perplexity, bits per byte and accuracy over the validation split, and what infilling has."""
-        return evaluate(partial(score, self.gpt), self.val, self.gpt.config.block_size, 32,
-                        infill_rows(self.val, self.gpt.config.block_size), max_batches=eval_iters,
-                        device=next(self.gpt.parameters()).device)
 
     def write(self, prompts, what):
         """The ids of a story for each of the prompts (lists of ids), without the prompt."""
@@ -109,7 +103,8 @@ class Model:
         real = quality.alike(validation, enc, num_samples, limit)
         n, texts = len(real), [enc.decode(row) for row in real]
         written = self.write([[]] * n, f'{n} stories')
-        beginnings = [enc.encode(' '.join(text.split(' ')[:4])) for text in texts[:_SHOWN]]
+        beginnings = [enc.encode(' '.join(text.split(' ')[:4]))[:self.gpt.config.block_size // 2]
+                      for text in texts[:_SHOWN]]
         continuations = self.write(beginnings, f'{len(beginnings)} more to look at')
         texts += [enc.decode(row) for row in written]
         texts += [enc.decode([*both[0], *both[1]]) for both in zip(beginnings, continuations, strict=True)]
@@ -162,7 +157,8 @@ class Model:
         step, records = self.step_tokens(), self.folder.records()
         curves = {key: [[record['iter'], record['iter'] * step, record.get('seconds'), record[key]]
                         for record in records if key in record] for key in _CURVES}
-        samples = [[record['iter'], record['story']] for record in self.folder.records('samples.jsonl')]
+        samples = [[record['iter'], record['story']] for record in self.folder.records('samples.jsonl')
+                   if 'story' in record]
         stories = []
         for prompt, match in self.shown:
             start, stop, n_words = match.longest

@@ -114,3 +114,15 @@ def test_killed_at_random_moments(monkeypatch, capsys):
     monkeypatch.setattr(kill_100, 'dtype', 'float16')
     kill_100.main()
     assert capsys.readouterr().out.startswith('3 kills')
+
+
+def test_a_folder_that_goes_away_is_told(start, tmp_path, monkeypatch):
+    evaluate = train.evaluate
+
+    def gone(*args, **kwargs):
+        (tmp_path / 'out').rename(tmp_path / 'elsewhere')
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(train, 'evaluate', gone)
+    with pytest.raises(UserError, match=r'cannot write .*: the folder was removed or renamed meanwhile$'):
+        start('--eval_interval=9')
