@@ -59,7 +59,7 @@ def run(main, less_memory=''):
             # mostly it is one of all ranks: rank 0 tells of it, and torchrun ends those that wait here
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
-        message = f'{os.path.basename(sys.argv[0])}: {" ".join(message.splitlines())}'
+        message = f'{os.path.basename(sys.argv[0])}: {" ".join(message.splitlines())[:2000]}'
         tqdm.write(message, file=sys.stderr)  # above a bar that stands there
     raise SystemExit(status)
 

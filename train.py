@@ -29,7 +29,7 @@ from data.shards import Batches, Split, fingerprint
 from data.tokenizer import load_tokenizer
 from device import autocast, choose_device, choose_dtype, keep_memory, peak_flops, to_device
 from distributed import join_ranks, leave_ranks, lost_ranks_told, ranks, resume_command, watch_signals
-from errors import SettingError, UserError, out_of_memory, run
+from errors import SettingError, UserError, out_of_memory, reading, run
 from evaluate import evaluate, infill_rows, score
 from formats import load_pretrained
 from generate import sample_story
@@ -244,7 +244,8 @@ def main():
     it, best_val_loss, best_iter = 0, math.inf, 0
     if run_folder.resume:
         saved, data = load_checkpoint(run_folder.path / 'ckpt.pt'), fingerprint(train_split.meta)
-        it, best_val_loss, best_iter = go_on(saved, model, optimizers, scaler, data, n_iters)
+        with reading(run_folder.path / 'ckpt.pt'):
+            it, best_val_loss, best_iter = go_on(saved, model, optimizers, scaler, data, n_iters)
     elif init_from != 'scratch':
         begin_from(load_pretrained(init_from), model, tokenizer)
     ddp_model = join_ranks(model, torch_device)
