@@ -16,7 +16,7 @@ def test_the_notebook(tmp_path, monkeypatch):
     space = {'__name__': '__main__'}
     for cell in cells:
         source = ''.join(cell['source'])
-        for setting, value in (('WORK', f'Path({str(tmp_path)!r})'), ('PERCENTAGE', 10), ('MAX_ITERS', 5),
+        for setting, value in (('WORK', f'Path({str(tmp_path)!r})'), ('PERCENTAGE', 10), ('MAX_ITERS', 4),
                                ('NUM_SAMPLES', 2)):
             source = re.sub(f'(?m)^{setting} = .*$', f'{setting} = {value}', source)
         exec(source, space)
