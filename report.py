@@ -56,7 +56,8 @@ def check_settings():
     one_of(('auto', *DTYPES), dtype=dtype)
     in_range(at_least=2, num_samples=num_samples)
     in_range(at_least=1, max_new_tokens=max_new_tokens)
-    in_range(at_least=0, temperature=temperature, eval_iters=eval_iters)
+    in_range(at_least=0, eval_iters=eval_iters)
+    in_range(at_least=1e-30 if temperature > 0 else 0, temperature=temperature)  # float32 divides by it
     in_range(at_least=0, below=2**63, seed=seed)
     in_range(above=0, at_most=1, top_p=top_p)
 

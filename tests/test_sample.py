@@ -189,3 +189,10 @@ def test_that_a_story_was_cut_is_told_after_it(write, asked, monkeypatch):
     asked.rows = [CHAR.encode('ab')[1:]]
     write(start='c', num_samples=1, max_new_tokens=2)
     assert terminal.buffer.getvalue() == b'cab\n1 of 1 stories were cut at --max_new_tokens 2\n'
+
+
+@pytest.mark.parametrize('value, least', [(1e-50, '1e-30'), (-1.0, '0')])
+def test_a_temperature_is_one_that_float32_can_divide_by(monkeypatch, value, least):
+    monkeypatch.setattr(sample, 'temperature', value)
+    with pytest.raises(SettingError, match=f'it must be at least {least}$'):
+        sample.check_settings()
