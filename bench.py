@@ -331,7 +331,7 @@ def encodings():
     The context is equal in tokens, not in bytes: a token costs the same then, but for its row, and how
     far back they reach is part of what it gives. (1024 of them make char slower, and no better.)"""
     source, found = Path(text).resolve() if text else 'sample', {}
-    share = min(10, 1e7 / source.stat().st_size) if text else 1  # for validation: about 100 KB
+    share = min(10, 1e7 / max(source.stat().st_size, 1)) if text else 1  # for validation: about 100 KB
     with tempfile.TemporaryDirectory() as folder:
         folders = [Path(folder, name) for name in ('char', 'bpe', 'gpt2')]
         for path in folders:
@@ -368,6 +368,10 @@ def main():
     in_range(at_least=1, repeats=repeats, batch_size=batch_size, steps=steps, seconds=seconds)
     if (peer_kind() != 'nanoGPT' or not text) and what == 'time_to_loss':
         raise SettingError('time_to_loss takes --text tiny_shakespeare.txt and --peer, a checkout of nanoGPT')
+    if what == 'encodings' and picture:
+        from matplotlib import figure  # noqa: F401, told before all the training
+        if Path(picture).suffix not in ('.png', '.svg', '.pdf') or not Path(picture).parent.is_dir():
+            raise SettingError(f'picture {picture} is no .png, .svg or .pdf in a folder that is there')
     print(f'{what}, {repeats} rounds, torch {torch.__version__}, {torch.get_num_threads()} threads')
     figures = {'what': what} | globals()[what]()
     if 'ratio' in figures:

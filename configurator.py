@@ -118,7 +118,7 @@ def checked(values, known, where):
         fits = fits and isinstance(value, bool) == (kind is bool)
         if not fits or (kind is float and not abs(value) <= sys.float_info.max):
             raise SettingError(f'{key!r} {where} must be {KINDS[kind]}, not {reprlib.repr(value)}')
-        if kind is str and re.search('[\0\ud800-\udc7f\udd00-\udfff]', value):
+        if kind is str and re.search('[\0\ud800-\udfff]', value):
             raise SettingError(f'{key!r} {where} is {value!a}, which no text and no path can be')
         if kind is str and value.startswith('~/'):  # no shell has seen it
             value = os.path.expanduser(value)

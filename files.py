@@ -16,6 +16,10 @@ except ImportError:  # Windows
     from msvcrt import LK_NBLCK, locking
 
 
+def no_link(path, flags):
+    return os.open(path, flags | getattr(os, 'O_NOFOLLOW', 0), 0o666)  # it could lead to any file
+
+
 def lock(folder, way_out):
     """Have `folder` for this process alone until it ends, or leaves the context that is returned.
 
@@ -24,7 +28,7 @@ def lock(folder, way_out):
     """
     path, same = Path(folder, '.lock'), False
     while not same:  # it may have been removed, by the process that had it, before it was ours
-        file = open(path, 'a+')  # noqa: SIM115
+        file = open(path, 'a+', opener=no_link)  # noqa: SIM115
         try:
             lockf(file, LOCK_EX | LOCK_NB) if os.name == 'posix' else locking(file.fileno(), LK_NBLCK, 1)
         except OSError as error:

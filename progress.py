@@ -1,6 +1,7 @@
 """What a run shows of its way, and keeps of it: plain lines, or on a terminal one that renews itself;
 metrics.jsonl; samples.jsonl, a story from the same prompt and seed an evaluation; loss.png; a tracker."""
 
+import contextlib
 import importlib
 import itertools
 import json
@@ -44,7 +45,8 @@ class Progress:
         self.no_picture = False  # which was told
         self.bar = tqdm(total=n_iters, initial=it, file=sys.stdout, disable=not sys.stdout.isatty(),
                         leave=False, dynamic_ncols=True, bar_format='{n_fmt}/{total_fmt} {bar} {desc}')
-        name = f"{folder.path.resolve().name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        name = re.sub(r'[^\w.-]', '-', folder.path.resolve().name)
+        name = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
         if folder.resume:
             name = run_facts(folder.path).get('name', name)
         facts = {'name': name, 'hardware': hardware} | settings
@@ -57,7 +59,9 @@ class Progress:
                 self.tracker.init(project='tiny-stories', name=name, config=facts, resume='allow')
 
     def say(self, text):
-        with tqdm.external_write_mode():  # above the line that renews itself
+        text = re.sub(r'[\0-\x08\x0b-\x1f\x7f]', '\N{REPLACEMENT CHARACTER}', text)
+        # above the line that renews itself; a terminal that was closed ends no run before it has saved
+        with contextlib.suppress(OSError), tqdm.external_write_mode():
             print(text, flush=True)
 
     def keep(self, it, seconds, **figures):
@@ -76,13 +80,14 @@ class Progress:
         end = (f'{speed:,.0f} tokens/s, {left} left' + (f', MFU {speed / self.peak:.1%}' if self.peak else '')
                + (f', {skipped} steps skipped' if skipped else ''))
         self.bar.set_description_str(f"loss {figures['loss']:.4f}, {end}", refresh=False)
-        self.bar.update()
+        with contextlib.suppress(OSError):
+            self.bar.update()
         if it % self.log_interval == 0:
             self.line = it + 1, seconds
             self.keep(it, seconds, **figures, tokens_per_s=speed)
             if self.bar.disable:
-                print(f"step {it}/{self.n_iters}: loss {figures['loss']:.4f}, lr {figures['lr']:.2e}, "
-                      f"grad norm {figures['grad_norm']:.2f}, {end}", flush=True)
+                self.say(f"step {it}/{self.n_iters}: loss {figures['loss']:.4f}, lr {figures['lr']:.2e}, "
+                         f"grad norm {figures['grad_norm']:.2f}, {end}")
 
     def evaluated(self, it, seconds, result, prompt, story):
         """Show and keep an evaluation, and the story that the model wrote after `prompt`."""
@@ -137,13 +142,16 @@ class Progress:
 
     def close(self):
         """Take away the line that renews itself, and tell the tracker that all is said."""
-        self.bar.close()
+        with contextlib.suppress(OSError):
+            self.bar.close()
         if self.tracker:
             self.tracker.finish()
 
 
 def diverged(it, what, out_dir, rate):
     """The UserError for a run whose loss, gradients or weights are not finite. rate: AdamW's peak."""
+    if not os.path.exists(os.path.join(out_dir, FILES['best'])):
+        return UserError(f'step {it}: {what}, before anything was saved: begin with other weights')
     good, last = (shlex.quote(os.path.join(out_dir, FILES[name])) for name in ('best', 'last'))
     return UserError(f'step {it}: {what}. {good} is good: go on from it with a lower rate (or, in float16, '
                      f'with --dtype float32): cp {good} {last} && {resume_command(out_dir)} --learning_rate '

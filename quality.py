@@ -44,9 +44,9 @@ def read_stories(split, tokenizer, piece=2**22):
 
 
 def alike(stories, tokenizer, n, limit):
-    """The ids of n of these stories, spread evenly over them, each cut to `limit` tokens, as a model's
-    is. Of a lone one, a document, they are parts."""
-    rows = [tokenizer.encode(story) for story in stories[::max(1, len(stories) // n)][:n]]
+    """The ids of n of the stories, evenly spread, each cut to `limit` tokens; parts of a lone one."""
+    rows = [tokenizer.encode(story) for k, story in enumerate(stories)
+            if k * n // len(stories) > (k - 1) * n // len(stories)]
     starts = range(0, len(rows[0]), limit) if len(rows) == 1 else [0]
     return [row[start:start + limit] for row in rows for start in starts][:n]
 

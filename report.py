@@ -24,7 +24,7 @@ from configurator import configure, in_range, one_of
 from data.shards import Split, fingerprint
 from data.tokenizer import load_tokenizer, tokenizer_from_state
 from device import DTYPES, choose_device, choose_dtype, keep_memory
-from errors import SettingError, UserError, run
+from errors import SettingError, UserError, reading, run
 from evaluate import evaluate, infill_rows, score
 from files import write_whole
 from formats import load_pretrained
@@ -57,7 +57,7 @@ def check_settings():
     in_range(at_least=2, num_samples=num_samples)
     in_range(at_least=1, max_new_tokens=max_new_tokens)
     in_range(at_least=0, eval_iters=eval_iters)
-    in_range(at_least=1e-30 if temperature > 0 else 0, temperature=temperature)  # float32 divides by it
+    in_range(at_least=1e-30 if temperature > 0 else 0, at_most=1e30, temperature=temperature)
     in_range(at_least=0, below=2**63, seed=seed)
     in_range(above=0, at_most=1, top_p=top_p)
 
@@ -85,6 +85,7 @@ class Model:
         if not dataset and checkpoint.get('fingerprint', '') != fingerprint(self.train.meta):
             raise UserError(f'the data in {data} is not what {name} was trained on: prepare it as before, or '
                             'say with --dataset that it is what to evaluate on')
+        self.facts, self.built_in = self.describe(), self.train.meta['source'] == 'sample'
 
     def write(self, prompts, what):
         """The ids of a story for each of the prompts (lists of ids), without the prompt."""
@@ -101,7 +102,10 @@ class Model:
         """All that needs the model, for the table and for the page."""
         enc, limit = self.tokenizer, max_new_tokens
         validation = [*quality.read_stories(self.val, enc)]
+        if not validation:
+            raise UserError(f'{self.data} has no validation story')
         real = quality.alike(validation, enc, num_samples, limit)
+        self.facts.append(('stories for the figures', f'{len(real)} written, {len(real)} real'))
         n, texts = len(real), [enc.decode(row) for row in real]
         written = self.write([[]] * n, f'{n} stories')
         beginnings = [enc.encode(' '.join(text.split(' ')[:4]))[:self.gpt.config.block_size // 2]
@@ -116,7 +120,7 @@ class Model:
         self.tokens = quality.token_probabilities(self.gpt, enc, [enc.delimiter, *real[0]])
         self.table = self.prediction() + quality.figures(
             self.gpt, enc, (written, matches[n:2 * n]), (real, matches[:n]), validation[:num_samples], limit,
-            self.train.meta['source'] == 'sample')
+            self.built_in)
 
     def prediction(self):
         """The figures of evaluate.py as (group, label, note, value, that of real stories: there is none)."""
@@ -132,7 +136,7 @@ class Model:
                     ('val_infill_loss', 'loss of middles', 'nats a token between two given ends', 1))
                 if key in result]
 
-    def facts(self):
+    def describe(self):
         """What it is: a list of (label, text)."""
         config, splits = self.gpt.config, self.train.meta['splits']
         facts = [('parameters', f'{self.gpt.n_params():,}'),
@@ -144,7 +148,7 @@ class Model:
                  ('to validate', f"{splits['val']['stories']:,} stories, {self.val.n_tokens:,} tokens")]
         if self.iter:
             seen = self.iter * self.step_tokens()
-            facts += [('trained', f"{self.iter:,} of {self.settings['max_iters']:,} steps, {seen:,} tokens")]
+            facts += [('trained', f'{self.iter:,} steps, {seen:,} tokens')]
         seconds = [record['seconds'] for record in self.folder.records() if 'seconds' in record]
         facts += [('time', f'{tqdm.format_interval(seconds[-1])} of training')] if seconds else []
         return facts + [(key, text) for key, text in run_facts(self.folder.path).items() if key == 'hardware']
@@ -165,7 +169,7 @@ class Model:
             start, stop, n_words = match.longest
             stories.append({'text': match.story, 'prompt': prompt, 'copied': [start, stop],
                             'words': n_words, 'source': around(match.story[start:stop], match.source)})
-        return {'name': self.name, 'facts': self.facts(), 'settings': self.settings, 'curves': curves,
+        return {'name': self.name, 'facts': self.facts, 'settings': self.settings, 'curves': curves,
                 'samples': samples, 'stories': stories, 'tokens': self.tokens}
 
 
@@ -207,7 +211,15 @@ def main():
     torch_device = choose_device(device)
     keep_memory()
     names = [name.strip() for name in (init_from or out_dir).split(',') if name.strip()]
-    models = [Model(name, torch_device) for name in names]
+    if not names:
+        raise SettingError('there is nothing to report on: name a run with --out_dir')
+    target = Path(path or ('report.html' if init_from else Path(names[0]) / 'report.html')).resolve()
+    if (path or init_from) and not (target.parent.is_dir() and (target.is_file() or not target.exists())):
+        raise SettingError(f'path {target} is no file, or in no folder that is there')
+    models = []
+    for name in names:
+        with reading(f'{name} or its data'):
+            models.append(Model(name, torch_device))
     for model in models:
         model.look()
     rows = side_by_side(models)
@@ -219,7 +231,6 @@ def main():
             'table': [{'group': group, 'rows': rows} for group, rows in groups.items()]}
     template = Path(__file__).with_name('report_template.html').read_text(encoding='utf-8')
     page = template.replace('__DATA__', json.dumps(data).replace('<', '\\u003c'))  # ends no element
-    target = Path(path or ('report.html' if init_from else Path(names[0]) / 'report.html'))
     write_whole(target, methodcaller('write', page.encode()))
     print(f'look at {target}')
 

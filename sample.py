@@ -48,7 +48,7 @@ def check_settings():
     one_of(FILES, ckpt=ckpt)
     one_of(('auto', *DTYPES, 'int8'), dtype=dtype)
     in_range(at_least=1, num_samples=num_samples, max_new_tokens=max_new_tokens)
-    in_range(at_least=1e-30 if temperature > 0 else 0, temperature=temperature)  # float32 divides by it
+    in_range(at_least=1e-30 if temperature > 0 else 0, at_most=1e30, temperature=temperature)
     in_range(at_least=0, below=2**63, seed=seed)
     in_range(above=0, at_most=1, top_p=top_p)
     in_range(at_least=0, top_k=top_k, min_new_tokens=min_new_tokens)

@@ -294,8 +294,8 @@ def main():
                 best_val_loss, best_iter = result['val_loss'], it
             ended = ended or 0 < patience * eval_every <= it - best_iter
             if master_process:
-                progress.evaluated(it, spent, result, tokenizer.decode(prompt), story)
                 run_folder.save(checkpoint(it, best_val_loss, best_iter), is_best, keep)
+                progress.evaluated(it, spent, result, tokenizer.decode(prompt), story)
         elif master_process and keep:
             run_folder.save(checkpoint(it, best_val_loss, best_iter), keep=True)
         if ended or stopping:
@@ -341,10 +341,11 @@ def main():
             progress.step(it - 1, spent, skipped, loss=loss, lr=lr, grad_norm=grad_norm)
 
     # the end ------------------------------------------------------------------
+    if master_process and stopping:
+        run_folder.save(checkpoint(it, best_val_loss, best_iter))
     if master_process:
         progress.close()
     if master_process and stopping:
-        run_folder.save(checkpoint(it, best_val_loss, best_iter))
         print(f'stopped at step {it} and saved; go on with: {resume_command(out_dir)}', file=sys.stderr)
     elif master_process:
         print(f'done at step {it}/{n_iters}: best validation loss {best_val_loss:.4f} at step {best_iter}; '

@@ -52,8 +52,8 @@ def test_a_lock_that_was_removed_meanwhile_is_not_taken(tmp_path, monkeypatch):
     """Between the opening and the files of the file: another process's lock would be on another file."""
     opened, real = [], open
 
-    def slow(path, mode):
-        opened.append(real(path, mode))
+    def slow(path, mode, **opener):
+        opened.append(real(path, mode, **opener))
         if len(opened) == 1:
             path.unlink()
         return opened[-1]

@@ -44,7 +44,7 @@ def test_a_page_has_the_run(page, run):
     facts = dict(shown['facts'])
     weights = {name: weight for name, weight in best['model'].items() if name != 'lm_head.weight'}
     assert facts['parameters'] == f'{sum(weight.numel() for weight in weights.values()):,}'
-    assert facts['trained'] == f"{best['iter']} of 12 steps, {best['iter'] * 4 * 64:,} tokens"
+    assert facts['trained'] == f"{best['iter']} steps, {best['iter'] * 4 * 64:,} tokens"
     assert {'data', 'hardware', 'time', 'tokenizer'} <= set(facts) and shown['settings']['n_embd'] == 32
     for key in 'loss', 'lr', 'val_loss', 'val_acc':
         expected = [[line['iter'], line['iter'] * 256, line[key]] for line in lines if key in line]
