@@ -121,7 +121,7 @@ class RunFolder:
                 self.save(checkpoint)
                 for old in (self.path / FILES['best'], self.path / 'loss.png', *self.path.glob('ckpt_*.pt')):
                     old.unlink(missing_ok=True)
-            for name in 'metrics.jsonl', 'samples.jsonl':
+            for name in {'metrics.jsonl', 'samples.jsonl'} & {*os.listdir(self.path)}:
                 records = [record for record in self.records(name) if record['iter'] < checkpoint['iter']]
                 lines = ''.join(json.dumps(record) + '\n' for record in records).encode()
                 write_whole(self.path / name, methodcaller('write', lines))

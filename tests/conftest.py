@@ -27,8 +27,10 @@ def run(data):
 
 
 @pytest.fixture
-def start(data, tmp_path):
-    """start(*flags) is train.py in this process; its settings and signal handlers come back afterwards."""
+def start(data, tmp_path, monkeypatch):
+    """start(*flags) is train.py in this process, without pictures; its settings and signal handlers come back
+    afterwards."""
+    monkeypatch.setattr(train.Progress, 'plot', lambda _: None)
     before = settings(vars(train))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 

@@ -153,7 +153,7 @@ def test_metrics_go_on_from_the_step_and_leave_out_bad_lines(tmp_path):
     assert (tmp_path / 'metrics.jsonl').read_text() == '{"iter": 0, "loss": 1}\n{"iter": 1, "loss": 2}\n'
     folder.record(iter=2, loss=0.5)
     assert folder.records() == [{'iter': it, 'loss': loss} for it, loss in enumerate((1, 2, 0.5))]
-    assert {*os.listdir(tmp_path)} == {'.lock', 'metrics.jsonl', 'samples.jsonl'}  # a checkpoint is there
+    assert {*os.listdir(tmp_path)} == {'.lock', 'metrics.jsonl'}  # there is a checkpoint
 
 
 def test_the_best_is_saved_before_the_last_that_says_how_good_it_was(tmp_path, monkeypatch):
@@ -179,6 +179,6 @@ def test_a_new_run_takes_the_place_of_an_old_one_when_it_is_saved(tmp_path, monk
     (tmp_path / 'best.pt.tmp').write_bytes(b'half')  # of a killed save
     RunFolder(tmp_path, overwrite=True).begin(STATE | {'iter': 0})
     RunFolder(tmp_path / 'new' / 'folder').begin(STATE)
-    assert sorted(os.listdir(tmp_path)) == ['.lock', 'ckpt.pt', 'metrics.jsonl', 'new', 'samples.jsonl']
+    assert sorted(os.listdir(tmp_path)) == ['.lock', 'ckpt.pt', 'metrics.jsonl', 'new']
     assert load_checkpoint(tmp_path / 'ckpt.pt')['iter'] == 0
     assert json.loads(f"[{(tmp_path / 'metrics.jsonl').read_text()}]") == []

@@ -70,7 +70,6 @@ class Watched(torch.nn.Module):
 @pytest.fixture
 def quick(start, monkeypatch):
     """quick(losses, *flags) trains with these losses in place of evaluations; returns the Watched."""
-    monkeypatch.setattr(train.Progress, 'plot', lambda _: None)
     monkeypatch.setattr(train, 'sample_story', lambda *_: '')
 
     def run(losses, *flags):
