@@ -5,7 +5,10 @@ import contextlib
 import errno
 import os
 import platform
+import re
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from errors import UserError
@@ -14,6 +17,8 @@ try:
     from fcntl import LOCK_EX, LOCK_NB, lockf
 except ImportError:  # Windows
     from msvcrt import LK_NBLCK, locking
+
+PREPARED = re.compile(r'(train|val)_\d{5}\.bin|tokenizer\.(json|model|tiktoken)')  # beside meta.json
 
 
 def no_link(path, flags):
@@ -81,3 +86,34 @@ def write_whole(path, write):
             os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing(folder):
+    """Yields temporary folders (new, cache): if all went well, what is in `new` replaces what was prepared.
+
+    meta.json goes first and comes last, so that at no moment it tells of files that are not its own. What
+    killed runs left is removed. Raises UserError where it cannot write to `folder`.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (lock(folder, 'wait for it, or name another --out_dir'),
+              tempfile.TemporaryDirectory('', '.preparing-', folder, ignore_cleanup_errors=True) as path):
+            for left in {*folder.glob('.preparing-*')} - {Path(path)}:
+                shutil.rmtree(left)
+            new, cache = Path(path, 'new'), Path(path, 'cache')
+            new.mkdir()
+            cache.mkdir()
+            yield new, cache
+            (folder / 'meta.json').unlink(missing_ok=True)
+            for old in folder.iterdir():
+                if PREPARED.fullmatch(old.name):
+                    old.unlink()
+            for file in sorted(new.iterdir(), key=lambda file: file.name == 'meta.json'):
+                file.replace(folder / file.name)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f'cannot write to {folder} ({reason}): name another folder with --out_dir') from None
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()  # empty, where nothing came of it

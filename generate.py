@@ -6,7 +6,6 @@ from functools import partial
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from data import infill
 from errors import UserError
 
 # For attention to a cache. cuDNN, which an H100 would take, plans anew for each length: up to 0.1 s a token
@@ -152,12 +151,3 @@ def continued(model, prompts, stop, max_new_tokens, min_new_tokens=0, **drawing)
         yield rows, growing
         if not growing:
             return
-
-
-def sample_story(model, tokenizer, seed, prompt=(), stopped=lambda: False):
-    """A story that begins with the ids `prompt`, for a person to see; cut short once stopped() is true."""
-    steps = continued(model, [[tokenizer.delimiter, *prompt]], tokenizer.delimiter, model.config.block_size,
-                      temperature=0.8, suppress=(tokenizer.blank, tokenizer.middle), seed=seed)
-    for (story,), growing in steps:
-        if not growing or stopped():
-            return infill.decode(tokenizer, [*prompt, *story])

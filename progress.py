@@ -20,9 +20,11 @@ from tqdm import tqdm
 
 from checkpoint import FILES
 from configurator import one_of
+from data import infill
 from distributed import resume_command
 from errors import UserError, reading
 from files import write_whole
+from generate import continued
 
 
 def check_tracker(track):
@@ -192,4 +194,18 @@ def opening(split, tokenizer, longest):
     special = tokenizer.delimiter, tokenizer.blank, tokenizer.middle
     ids = split.read(0, 200).tolist()
     ids = itertools.takewhile(lambda token: token not in special, ids[ids[0] == tokenizer.delimiter:])
-    return tokenizer.encode(' '.join(tokenizer.decode([*ids]).split(' ')[:4]))[:longest]
+    return first_words(tokenizer.decode([*ids]), tokenizer, longest)
+
+
+def first_words(text, tokenizer, longest):
+    """Its first four words as ids, a list of at most `longest`."""
+    return tokenizer.encode(' '.join(text.split(' ')[:4]))[:longest]
+
+
+def sample_story(model, tokenizer, seed, prompt=(), stopped=lambda: False):
+    """A story that begins with the ids `prompt`, for a person to see; cut short once stopped() is true."""
+    steps = continued(model, [[tokenizer.delimiter, *prompt]], tokenizer.delimiter, model.config.block_size,
+                      temperature=0.8, suppress=(tokenizer.blank, tokenizer.middle), seed=seed)
+    for (story,), growing in steps:
+        if not growing or stopped():
+            return infill.decode(tokenizer, [*prompt, *story])

@@ -29,7 +29,7 @@ from evaluate import evaluate, infill_rows, score
 from files import write_whole
 from formats import load_pretrained
 from generate import continued
-from progress import run_facts
+from progress import first_words, run_facts
 
 out_dir = 'out-tiny-stories'  # folder of a run, or several with commas between them, to compare
 ckpt = 'best'  # best (lowest validation loss) or last
@@ -108,8 +108,7 @@ class Model:
         self.facts.append(('stories for the figures', f'{len(real)} written, {len(real)} real'))
         n, texts = len(real), [enc.decode(row) for row in real]
         written = self.write([[]] * n, f'{n} stories')
-        beginnings = [enc.encode(' '.join(text.split(' ')[:4]))[:self.gpt.config.block_size // 2]
-                      for text in texts[:_SHOWN]]
+        beginnings = [first_words(text, enc, self.gpt.config.block_size // 2) for text in texts[:_SHOWN]]
         continuations = self.write(beginnings, f'{len(beginnings)} more to look at')
         texts += [enc.decode(row) for row in written]
         texts += [enc.decode([*both[0], *both[1]]) for both in zip(beginnings, continuations, strict=True)]

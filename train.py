@@ -32,10 +32,9 @@ from distributed import join_ranks, leave_ranks, lost_ranks_told, ranks, resume_
 from errors import SettingError, UserError, out_of_memory, reading, run
 from evaluate import evaluate, infill_rows, score
 from formats import load_pretrained
-from generate import sample_story
 from model import GPT, GPTConfig
 from muon import make_optimizers
-from progress import Progress, check_tracker, diverged, hardware, opening
+from progress import Progress, check_tracker, diverged, hardware, opening, sample_story
 
 # what to read and write
 dataset = 'tiny_stories'  # a folder under data/, or any path to a prepared folder

@@ -1,24 +1,18 @@
 """Token shards, flat little-endian uint16 files that are one stream: write them, map them, serve batches."""
 
 import bisect
-import contextlib
 import hashlib
 import itertools
 import json
 import math
-import re
-import shutil
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from errors import SettingError, UserError, reading
-from files import lock
 
 SHARD_TOKENS = 100_000_000
-PREPARED = re.compile(r'(train|val)_\d{5}\.bin|tokenizer\.(json|model|tiktoken)')  # beside meta.json
 PREPARE = 'run data/tiny_stories/prepare.py, or name a prepared folder with --dataset'
 
 
@@ -46,37 +40,6 @@ class ShardWriter:
     def close(self):
         """What meta.json says of the shards: a list of {name, tokens, sha256}."""
         return [shard | {'sha256': shard['sha256'].hexdigest()} for shard in self.shards]
-
-
-@contextlib.contextmanager
-def replacing(folder):
-    """Yields temporary folders (new, cache): if all went well, what is in `new` replaces what was prepared.
-
-    meta.json goes first and comes last, so that at no moment it tells of files that are not its own. What
-    killed runs left is removed. Raises UserError where it cannot write to `folder`.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with (lock(folder, 'wait for it, or name another --out_dir'),
-              tempfile.TemporaryDirectory('', '.preparing-', folder, ignore_cleanup_errors=True) as path):
-            for left in {*folder.glob('.preparing-*')} - {Path(path)}:
-                shutil.rmtree(left)
-            new, cache = Path(path, 'new'), Path(path, 'cache')
-            new.mkdir()
-            cache.mkdir()
-            yield new, cache
-            (folder / 'meta.json').unlink(missing_ok=True)
-            for old in folder.iterdir():
-                if PREPARED.fullmatch(old.name):
-                    old.unlink()
-            for file in sorted(new.iterdir(), key=lambda file: file.name == 'meta.json'):
-                file.replace(folder / file.name)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f'cannot write to {folder} ({reason}): name another folder with --out_dir') from None
-    finally:
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # empty, where nothing came of it
 
 
 def read_meta(folder):

@@ -6,8 +6,9 @@ import os
 import numpy as np
 import pytest
 
-from data.shards import Batches, Split, fingerprint, read_meta, replacing
+from data.shards import Batches, Split, fingerprint, read_meta
 from errors import SettingError, UserError
+from files import replacing
 from tests.tiny import prepare
 
 TOKENS = np.random.default_rng(0).integers(0, 60_000, 1003).astype(np.uint16)

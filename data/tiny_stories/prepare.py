@@ -22,13 +22,14 @@ from tqdm import tqdm
 from configurator import configure, in_range, one_of
 from data import infill
 from data.bundle import unpack, write_bundle
-from data.shards import ShardWriter, replacing
+from data.shards import ShardWriter
 from data.stories import load_stories
 from data.streams import token_files, write_streams
 from data.tiny_stories import sample_stories
 from data.tokenizer import BPETokenizer, CharTokenizer, characters
 from data.vocabularies import load_gpt2
 from errors import SettingError, UserError, be_a_worker, run
+from files import replacing
 from formats import open_tokenizer
 
 source = 'roneneldan/TinyStories'  # user/name on the hub, a file, folder or bundle, or sample (built in)
