@@ -9,6 +9,14 @@ A peer is a checkout of nanoGPT or llama2.c, which stays as it is. Figures are m
 that ours is faster. `encodings` has no peer: it is char, bpe and gpt2. Let nothing else run meanwhile.
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == '__main__':  # the imports below take seconds
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # which python -I leaves out
+    import errors
+    errors.until_run()  # Ctrl-C
+
 import contextlib
 import importlib.util
 import io
@@ -16,12 +24,10 @@ import json as json_format
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from statistics import median
 
 import numpy as np
@@ -32,10 +38,11 @@ from checkpoint import load_checkpoint, load_model
 from configurator import configure, in_range, one_of
 from data.shards import read_meta
 from data.tokenizer import CharTokenizer
-from device import DTYPES, autocast, choose_device, choose_dtype, keep_memory
+from device import DTYPES, autocast, choose_device, choose_dtype
 from errors import SettingError, UserError, run
 from formats.llama2c import Llama2c
 from generate import KERNELS, generate
+from memory import use_memory
 from model import GPT, GPTConfig
 from quantize import to_int8
 
@@ -299,8 +306,9 @@ def llama2c_writing_rate(folder):
 
 
 def sample():
-    keep_memory()  # as sample.py does
-    dtypes = ['bfloat16'] if choose_device(device).type == 'cuda' else ['float32', 'bfloat16', 'int8']
+    torch_device = choose_device(device)
+    use_memory(torch_device)  # as sample.py does
+    dtypes = ['bfloat16'] if torch_device.type == 'cuda' else ['float32', 'bfloat16', 'int8']
     with tempfile.TemporaryDirectory() as folder:
         sides = {dtype: partial(our_writing_rate, dtype) for dtype in dtypes}
         peers = {'nanoGPT': nanogpt_writing_rate, 'llama2.c': partial(llama2c_writing_rate, Path(folder))}

@@ -120,8 +120,9 @@ def checked(values, known, where):
             raise SettingError(f'{key!r} {where} must be {KINDS[kind]}, not {reprlib.repr(value)}')
         if kind is str and re.search('[\0\ud800-\udfff]', value):
             raise SettingError(f'{key!r} {where} is {value!a}, which no text and no path can be')
-        if kind is str and value.startswith('~/'):  # no shell has seen it
-            value = os.path.expanduser(value)
+        if kind is str:  # of several paths, or of --key=value, a shell has not seen all
+            parts = value.split(',')
+            value = ','.join(os.path.expanduser(part) if part[:2] == '~/' else part for part in parts)
         plain[key] = kind(value)  # where it was, say, numpy's float64
     return plain
 

@@ -1,7 +1,6 @@
 """Where to compute and how precisely: 'auto' settings decided, and what the hardware's peak is."""
 
 import contextlib
-import ctypes
 import re
 import sys
 import warnings
@@ -66,14 +65,6 @@ def choose_dtype(name, device):
 def autocast(device, dtype):
     """A context in which matrix multiplications compute in `dtype`."""
     return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
-
-
-def keep_memory():
-    """Have glibc keep the memory of freed tensors: given back at once, it costs each step its page faults."""
-    libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
-    if hasattr(libc, 'mallopt'):
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
 
 
 def to_device(arrays, device):

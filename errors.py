@@ -9,8 +9,6 @@ import signal
 import sys
 import time
 
-from tqdm import tqdm
-
 
 class UserError(Exception):
     """A person's mistake: `run` prints it as one line on stderr and exits with `status`."""
@@ -22,6 +20,26 @@ class SettingError(UserError):
     status = 2
 
 
+def until_run():
+    """Have Ctrl-C end this process without ado until `run`: while imports run, it would be a traceback."""
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # and it is not ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def interruptible():
+    """In here, Ctrl-C is a KeyboardInterrupt, whatever it was before and will be afterwards."""
+    before = signal.getsignal(signal.SIGINT)
+    if before == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) != before:
+            signal.signal(signal.SIGINT, before)
+
+
+@interruptible()
 def run(main, less_memory=''):
     """Call `main()`: a mistake, an OSError or Ctrl-C ends in one line and a status, a bug in a traceback.
 
@@ -59,9 +77,16 @@ def run(main, less_memory=''):
             # mostly it is one of all ranks: rank 0 tells of it, and torchrun ends those that wait here
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(5)
-        message = f'{os.path.basename(sys.argv[0])}: {" ".join(message.splitlines())[:2000]}'
+        from tqdm import tqdm
+
+        message = f'{os.path.basename(sys.argv[0])}: {" ".join(printable(message).splitlines())[:2000]}'
         tqdm.write(message, file=sys.stderr)  # above a bar that stands there
     raise SystemExit(status)
+
+
+def printable(text):
+    """`text` with U+FFFD for each character that a terminal would obey."""
+    return re.sub('[\0-\x08\x0b-\x1f\x7f-\x9f]', '\N{REPLACEMENT CHARACTER}', text)
 
 
 def be_a_worker():
@@ -91,5 +116,9 @@ def reading(what, problem='is damaged or not what it should be'):
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
         if full or out_of_memory(error) or isinstance(error, (UserError, ModuleNotFoundError)):
             raise error from None
-        reason = ' '.join(str(error).split()) or type(error).__name__
+        reason = f'no entry {error}' if isinstance(error, KeyError) else str(error) or type(error).__name__
+        reason = re.sub(r'\x1b\[[\d;]*m', '', reason)  # colours
+        advice = 'trust|weights_only|allowlist|documentation|issue'  # of libraries: to run what is there
+        reason = [part for part in re.split(r'(?<=\.)\s+|\n+', reason) if not re.search(advice, part)]
+        reason = ' '.join(' '.join(reason).split())
         raise UserError(f'{what} {problem}: {reason[:300]}') from None

@@ -6,19 +6,25 @@
 What was written is read back, by an independent program where there is one, before it is put in its place.
 """
 
-import contextlib
+import sys
+from pathlib import Path
+
+if __name__ == '__main__':  # the imports below take seconds
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # which python -I leaves out
+    import errors
+    errors.until_run()  # Ctrl-C
+
 import os
 import shutil
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from checkpoint import FILES, load_checkpoint, load_model
+from checkpoint import FILES, load_model
 from configurator import configure, one_of
-from data.tokenizer import tokenizer_from_state
 from errors import SettingError, UserError, run
-from files import lock
+from files import staging, written
+from formats import load_to_write
 from formats.gguf import GGUF, is_gguf
 from formats.hf import HuggingFace
 from formats.llama2c import Llama2c
@@ -97,36 +103,23 @@ def compare(model, tokenizer, program):
             raise UserError(f'{program.reader} reads {text!r} as other tokens than we do: nothing was kept')
 
 
-@contextlib.contextmanager
-def staging(target):
-    """Yields where to write what is to become `target`; it is gone afterwards, or after the next export."""
-    stage = target.with_name(f'.{target.name}.unfinished')
-    stage.mkdir(parents=True, exist_ok=True)
-    with lock(stage, f'it exports to {target}, too'):
-        try:
-            for left in stage.glob('[!.]*'):  # by a killed one
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
-            yield stage / 'export'
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
-
-
 def main():
     formats = {'llama2c': Llama2c(), 'llama2c-int8': Llama2c(int8=True), 'hf': HuggingFace(),
                'gguf': GGUF(dtype), 'safetensors': Safetensors()}
     check_settings(formats)
     chosen, target = formats[format], Path(path)
-    checkpoint = load_checkpoint(Path(out_dir, FILES[ckpt]))
-    tokenizer, model = tokenizer_from_state(checkpoint['tokenizer']), load_model(checkpoint)
+    checkpoint, tokenizer = load_to_write(Path(out_dir, FILES[ckpt]))
+    model = load_model(checkpoint)
     if mismatches := chosen.mismatches(model.config, tokenizer):
         reasons, ways_out = zip(*mismatches, strict=True)
         others = [name for name, other in formats.items() if not other.mismatches(model.config, tokenizer)]
         raise SettingError(f"{format} cannot hold this model ({'; '.join(reasons)}): {', '.join(ways_out)}, "
                            f"or take this one to --format {' or '.join(others)}")
     with staging(target) as staged:
-        if chosen.files:
-            staged.mkdir()
-        chosen.write(staged, checkpoint, tokenizer)
+        with written(target, '--path'):
+            if chosen.files:
+                staged.mkdir()
+            chosen.write(staged, checkpoint, tokenizer)
         try:
             chosen.read(staged)
         except ModuleNotFoundError as error:

@@ -57,17 +57,19 @@ def lock(folder, way_out):
 
 
 @contextlib.contextmanager
-def written(path):
+def written(path, flag='--out_dir'):
     """UserError where the disk does not take what is written to `path` in here."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # torch.save hides the former behind the latter
+    except Exception as error:  # torch.save hides an OSError behind its own, what is Rust in words
         cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
+        in_words = re.search(r'[\w ]+(?= \(os error \d+\))', str(error))
+        if isinstance(error, UserError) or not (isinstance(cause, OSError) or in_words):
             raise
+        reason = in_words[0].strip() if in_words else cause.strerror or cause
         way_out = ('the folder was removed or renamed meanwhile' if isinstance(cause, FileNotFoundError) else
-                   'make room or name another --out_dir; what was saved before, if anything, is whole')
-        raise UserError(f'cannot write {path} ({cause.strerror or cause}): {way_out}') from None
+                   f'make room or name another {flag}; what was saved before, if anything, is whole')
+        raise UserError(f'cannot write {path} ({reason}): {way_out}') from None
 
 
 def write_whole(path, write):
@@ -86,6 +88,20 @@ def write_whole(path, write):
             os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def staging(target):
+    """Yields where to write what is to become `target`; it is gone afterwards, or after the next export."""
+    stage = target.with_name(f'.{target.name}.unfinished')
+    stage.mkdir(parents=True, exist_ok=True)
+    with lock(stage, f'it exports to {target}, too'):
+        try:
+            for left in stage.glob('[!.]*'):  # by a killed one
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            yield stage / 'export'
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
 
 
 @contextlib.contextmanager

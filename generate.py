@@ -1,4 +1,4 @@
-"""Writing with a GPT: the KV caches, the loop from token to token, drawing a token, a whole story."""
+"""The KV caches, the loop from token to token, drawing a token."""
 
 import math
 from functools import partial
@@ -126,28 +126,3 @@ def sample_index(weights, generator):
     """Draw an index a row in proportion to weights (B, n), none below 0; returns (B, 1)."""
     sums = weights.cumsum(-1)
     return torch.searchsorted(sums, sums[:, -1:] * (1 - torch.rand(len(sums), 1, generator=generator)))
-
-
-def continued(model, prompts, stop, max_new_tokens, min_new_tokens=0, **drawing):
-    """Continue prompts, lists of ids of any lengths, side by side, until each has written `stop`.
-
-    Yields, after each step, (rows, growing): the list of new ids of each, and the set of those that are not
-    whole. A `stop` that ends a row is not in it; one before min_new_tokens stays and ends nothing. A row of
-    max_new_tokens was cut. drawing: for `generate`.
-    """
-    shortest, longest = min(map(len, prompts)), max(map(len, prompts))
-    prompt = torch.tensor([ids + [-1] * (longest - len(ids)) for ids in prompts],
-                          device=next(model.parameters()).device)
-    idx, given = prompt[:, :shortest], prompt[:, shortest:]
-    rows, growing = [[] for _ in prompts], {*range(len(prompts))}
-    steps = generate(model, idx, max_new_tokens + longest - shortest, given=given, **drawing)
-    for step, tokens in enumerate(steps):
-        for i, token in enumerate(tokens.tolist()):
-            if i in growing and step >= len(prompts[i]) - shortest:
-                ended = token == stop and len(rows[i]) >= min(min_new_tokens, max_new_tokens - 1)
-                rows[i] += [] if ended else [token]
-                if ended or len(rows[i]) == max_new_tokens:
-                    growing.remove(i)
-        yield rows, growing
-        if not growing:
-            return

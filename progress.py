@@ -3,7 +3,6 @@ metrics.jsonl; samples.jsonl, a story from the same prompt and seed an evaluatio
 
 import contextlib
 import importlib
-import itertools
 import json
 import os
 import platform
@@ -20,11 +19,9 @@ from tqdm import tqdm
 
 from checkpoint import FILES
 from configurator import one_of
-from data import infill
 from distributed import resume_command
-from errors import UserError, reading
+from errors import UserError, printable, reading
 from files import write_whole
-from generate import continued
 
 
 def check_tracker(track):
@@ -61,10 +58,9 @@ class Progress:
                 self.tracker.init(project='tiny-stories', name=name, config=facts, resume='allow')
 
     def say(self, text):
-        text = re.sub(r'[\0-\x08\x0b-\x1f\x7f]', '\N{REPLACEMENT CHARACTER}', text)
         # above the line that renews itself; a terminal that was closed ends no run before it has saved
         with contextlib.suppress(OSError), tqdm.external_write_mode():
-            print(text, flush=True)
+            print(printable(text), flush=True)
 
     def keep(self, it, seconds, **figures):
         """A line of metrics.jsonl, for the tracker too. seconds: of training, in this process."""
@@ -187,25 +183,3 @@ def hardware(device, dtype, world_size):
         name = f"{found[1] if found else name}, threads: {torch.get_num_threads()}"
     count = f'{world_size} x ' if world_size > 1 else ''
     return f"{count}{device.type} ({name}) in {str(dtype)[6:]}, torch {torch.__version__}"
-
-
-def opening(split, tokenizer, longest):
-    """How the first story of a split begins: its first four words as ids, a list of at most `longest`."""
-    special = tokenizer.delimiter, tokenizer.blank, tokenizer.middle
-    ids = split.read(0, 200).tolist()
-    ids = itertools.takewhile(lambda token: token not in special, ids[ids[0] == tokenizer.delimiter:])
-    return first_words(tokenizer.decode([*ids]), tokenizer, longest)
-
-
-def first_words(text, tokenizer, longest):
-    """Its first four words as ids, a list of at most `longest`."""
-    return tokenizer.encode(' '.join(text.split(' ')[:4]))[:longest]
-
-
-def sample_story(model, tokenizer, seed, prompt=(), stopped=lambda: False):
-    """A story that begins with the ids `prompt`, for a person to see; cut short once stopped() is true."""
-    steps = continued(model, [[tokenizer.delimiter, *prompt]], tokenizer.delimiter, model.config.block_size,
-                      temperature=0.8, suppress=(tokenizer.blank, tokenizer.middle), seed=seed)
-    for (story,), growing in steps:
-        if not growing or stopped():
-            return infill.decode(tokenizer, [*prompt, *story])

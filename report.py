@@ -7,6 +7,14 @@
 Each figure stands beside the same one of as many validation stories, which says what good is.
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == '__main__':  # the imports below take seconds
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # which python -I leaves out
+    import errors
+    errors.until_run()  # Ctrl-C
+
 import json
 import math
 import re
@@ -14,22 +22,22 @@ import shlex
 import time
 from functools import partial
 from operator import methodcaller
-from pathlib import Path
 
 from tqdm import tqdm
 
 import quality
-from checkpoint import FILES, RunFolder, load_checkpoint, load_model, prepared_folder
+from checkpoint import FILES, RunFolder, load_model, prepared_folder
 from configurator import configure, in_range, one_of
 from data.shards import Split, fingerprint
-from data.tokenizer import load_tokenizer, tokenizer_from_state
-from device import DTYPES, choose_device, choose_dtype, keep_memory
+from data.tokenizer import load_tokenizer
+from device import DTYPES, choose_device, choose_dtype
 from errors import SettingError, UserError, reading, run
 from evaluate import evaluate, infill_rows, score
 from files import write_whole
-from formats import load_pretrained
-from generate import continued
-from progress import first_words, run_facts
+from formats import load_to_write
+from memory import use_memory
+from progress import run_facts
+from writing import first_words, write_all
 
 out_dir = 'out-tiny-stories'  # folder of a run, or several with commas between them, to compare
 ckpt = 'best'  # best (lowest validation loss) or last
@@ -46,7 +54,6 @@ device = 'auto'  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:N or mps
 dtype = 'float32'  # float32, bfloat16, float16 or auto
 
 _SHOWN = 12  # stories on the page, after the beginnings of as many validation stories
-_BATCH = 25  # stories written side by side
 _CURVES = 'loss', 'val_loss', 'val_part_loss', 'lr', 'val_acc'
 
 
@@ -67,10 +74,7 @@ class Model:
 
     def __init__(self, name, torch_device):
         self.name = name
-        checkpoint = load_pretrained(name) if init_from else load_checkpoint(Path(name) / FILES[ckpt])
-        if not checkpoint['tokenizer']:
-            raise UserError(f'{name} has no tokenizer beside it: put the one there that it was trained with')
-        self.tokenizer = tokenizer_from_state(checkpoint['tokenizer'])
+        checkpoint, self.tokenizer = load_to_write(name if init_from else Path(name, FILES[ckpt]))
         self.settings, self.iter = checkpoint['settings'], checkpoint['iter']
         self.folder = RunFolder(Path(name).parent if Path(name).is_file() else name, resume=True)
         self.gpt = load_model(checkpoint, torch_device).to(choose_dtype(dtype, torch_device))
@@ -89,14 +93,10 @@ class Model:
 
     def write(self, prompts, what):
         """The ids of a story for each of the prompts (lists of ids), without the prompt."""
-        rows, enc = [], self.tokenizer
-        for first in tqdm(range(0, len(prompts), _BATCH), f'{self.name}: {what}', leave=False, disable=None):
-            heads = [[enc.delimiter, *prompt] for prompt in prompts[first:first + _BATCH]]
-            *_, (written, _) = continued(self.gpt, heads, enc.delimiter, max_new_tokens, top_p=top_p,
-                                         temperature=temperature, suppress=(enc.blank, enc.middle),
-                                         seed=seed + first)
-            rows += written
-        return rows
+        enc = self.tokenizer
+        return [*write_all(self.gpt, [[enc.delimiter, *prompt] for prompt in prompts], enc.delimiter,
+                           max_new_tokens, seed, f'{self.name}: {what}', top_p=top_p, temperature=temperature,
+                           suppress=(enc.blank, enc.middle))]
 
     def look(self):
         """All that needs the model, for the table and for the page."""
@@ -208,7 +208,7 @@ def print_table(names, rows):
 def main():
     check_settings()
     torch_device = choose_device(device)
-    keep_memory()
+    use_memory(torch_device)
     names = [name.strip() for name in (init_from or out_dir).split(',') if name.strip()]
     if not names:
         raise SettingError('there is nothing to report on: name a run with --out_dir')

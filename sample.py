@@ -2,27 +2,33 @@
 
     python sample.py --out_dir out-quickstart
     python sample.py --start "One day, a dog" --num_samples 10 --temperature 0.8 > stories.txt
-    python sample.py --start FILE:prompt.txt --temperature 0
-    python sample.py --start FILE:prompts.txt --one_per_line --num_samples 1
+    python sample.py --start FILE:prompts.txt --one_per_line --num_samples 1 --temperature 0
     python sample.py --num_samples 1 --min_new_tokens 9000 --max_new_tokens 10000 > stories.txt
     python sample.py --out_dir out-infill --first_sentence "Tim lost his hat." --last_sentence "Tim was glad."
 """
 
 import sys
-from itertools import pairwise
 from pathlib import Path
+
+if __name__ == '__main__':  # the imports below take seconds
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # which python -I leaves out
+    import errors
+    errors.until_run()  # Ctrl-C
+
+from itertools import pairwise
 
 import torch
 from tqdm import tqdm
 
-from checkpoint import FILES, load_checkpoint, load_model
+from checkpoint import FILES, load_model
 from configurator import configure, in_range, one_of
 from data import infill
-from data.tokenizer import tokenizer_from_state
-from device import DTYPES, choose_device, choose_dtype, keep_memory
-from errors import SettingError, UserError, reading, run
-from generate import continued
+from device import DTYPES, choose_device, choose_dtype
+from errors import SettingError, UserError, printable, reading, run
+from formats import load_to_write
+from memory import use_memory
 from quantize import to_int8
+from writing import continued, write_all
 
 out_dir = 'out-tiny-stories'  # folder of the checkpoint
 ckpt = 'best'  # best (lowest validation loss) or last
@@ -31,7 +37,7 @@ start = ''  # how every story begins: text, or FILE:path
 one_per_line = False  # each line of the start's file begins stories of its own, num_samples of them
 first_sentence = ''  # of a story whose middle the model writes, if it has learned infilling
 last_sentence = ''  # of that story
-num_samples = 3  # stories, written side by side as one batch
+num_samples = 3  # stories, written side by side, as many as memory has room for
 max_new_tokens = 1000  # longest continuation; most stories end before
 min_new_tokens = 0  # a story that ends before is followed by another
 temperature = 0.8  # below 1: likelier words; 0: always the likeliest
@@ -68,8 +74,10 @@ def read_starts():
     """The texts that stories begin with."""
     if not start.startswith('FILE:'):
         return [start]
-    with reading(start[5:], 'cannot be read as UTF-8 text'):
-        text = Path(start[5:]).read_text(encoding='utf-8-sig')
+    with reading(start[5:], 'cannot be read as UTF-8 text'), open(start[5:], 'rb') as file:
+        if len(data := file.read(10_000_001)) > 10_000_000:  # as of /dev/zero
+            raise ValueError('more than 10,000,000 bytes')
+        text = data.decode('utf-8-sig').replace('\r\n', '\n')
     lines = [line for line in text.split('\n') if line.strip()]
     if one_per_line and not lines:
         raise UserError(f'{start[5:]} has no line to begin a story with')
@@ -82,29 +90,30 @@ def write_stories(model, tokenizer, begins, end, stream):
     after them. Stories end with the text `end`, if there is one: a middle is written in sight of both ends,
     so it stops where the context does; a plain story goes on without the sight of its beginning.
     """
-    heads = [[tokenizer.delimiter, *tokenizer.encode(text)] for text in begins for _ in range(num_samples)]
+    heads = [[tokenizer.delimiter, *tokenizer.encode(text)] for text in begins]
+    heads = [head for head in heads for _ in range(num_samples)]
     prompts = [infill.prompt(tokenizer, begins[0], end)] * num_samples if end else heads
     longest, context = max(map(len, prompts)), model.config.block_size
     if longest > context:
         what = 'the two sentences have' if end else f'{"a" if len(begins) > 1 else "the"} start has'
         raise UserError(f'{what} {longest} tokens, more than the context of {context}; shorten them')
-    limit, limited_by = max_new_tokens, f'--max_new_tokens {max_new_tokens}'
+    cut, limit, limited_by = 0, max_new_tokens, f'--max_new_tokens {max_new_tokens}'
     if end and (room := context - longest + 1) < limit:  # the last token written need not be read
         limit, limited_by = room, f'the end of the context of {context} tokens'
-    steps = continued(model, prompts, tokenizer.delimiter, limit, min_new_tokens, temperature=temperature,
-                      top_k=top_k, top_p=top_p, suppress=(tokenizer.blank, tokenizer.middle), seed=seed,
-                      compile=compile)
-    shown, total = 0, limit + longest - min(map(len, prompts))
-    for rows, growing in tqdm(steps, 'writing', total, leave=False, disable=stream or None, unit=' tokens'):
-        if stream:
-            yield text_of(tokenizer, heads[0] + rows[0])
-        while not stream and shown < len(rows) and shown not in growing:
-            yield text_of(tokenizer, heads[shown] + rows[shown], end)
-            shown += 1
+    drawing = {'min_new_tokens': min_new_tokens, 'temperature': temperature, 'top_k': top_k, 'top_p': top_p,
+               'suppress': (tokenizer.blank, tokenizer.middle), 'seed': seed, 'compile': compile}
     if stream:
-        yield text_of(tokenizer, heads[0] + rows[0], end) + '\n'
-    if cut := sum(len(row) == limit for row in rows):
-        print(f'{cut} of {len(rows)} stories were cut at {limited_by}', file=sys.stderr)
+        for (row,), _ in continued(model, prompts, tokenizer.delimiter, limit, **drawing):
+            yield text_of(tokenizer, heads[0] + row)
+        yield text_of(tokenizer, heads[0] + row, end) + '\n'
+        cut += len(row) == limit
+    else:
+        rows = write_all(model, prompts, tokenizer.delimiter, limit, **drawing)
+        for head, row in zip(heads, rows, strict=True):
+            yield text_of(tokenizer, head + row, end)
+            cut += len(row) == limit
+    if cut:
+        print(f'{cut} of {len(heads)} stories were cut at {limited_by}', file=sys.stderr)
 
 
 def text_of(tokenizer, ids, end=''):
@@ -119,7 +128,8 @@ def print_growing(texts):
     """Print a text as it grows."""
     shown = ''
     for text in texts:
-        text = text.rstrip('\N{REPLACEMENT CHARACTER}')  # a character whose last bytes are still to come
+        # a character whose last bytes are still to come
+        text = printable(text.rstrip('\N{REPLACEMENT CHARACTER}'))
         print(text[len(shown):], end='', flush=True)
         shown = text
 
@@ -129,16 +139,8 @@ def main():
     torch_device = choose_device(device)
     if dtype == 'int8' and torch_device.type != 'cpu':
         raise SettingError(f'dtype int8 is for a CPU, not for {torch_device}: use bfloat16, or --device cpu')
-    keep_memory()
-    if init_from:
-        from formats import load_pretrained
-
-        checkpoint = load_pretrained(init_from)
-    else:
-        checkpoint = load_checkpoint(Path(out_dir) / FILES[ckpt])
-    if not checkpoint['tokenizer']:
-        raise UserError(f'{init_from} has no tokenizer beside it: put the one there that it was trained with')
-    tokenizer = tokenizer_from_state(checkpoint['tokenizer'])
+    use_memory(torch_device)
+    checkpoint, tokenizer = load_to_write(init_from or Path(out_dir, FILES[ckpt]))
     model = load_model(checkpoint, torch_device)
     try:
         model = to_int8(model) if dtype == 'int8' else model.to(choose_dtype(dtype, torch_device))
@@ -158,6 +160,7 @@ def main():
             print_growing(stories)
         else:
             for i, text in enumerate(stories):
+                text = printable(text) if sys.stdout.isatty() else text
                 tqdm.write(('---\n' if i else '') + text)  # above the bar
     except RuntimeError as error:
         if not (compile and isinstance(error, torch._dynamo.exc.TorchDynamoException)):

@@ -7,17 +7,23 @@
     torchrun --standalone --nproc_per_node=8 train.py config/tiny_stories.py
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == '__main__':  # the imports below take seconds
+    sys.path.insert(0, str(Path(__file__).resolve().parent))  # which python -I leaves out
+    import errors
+    errors.until_run()  # Ctrl-C
+
 import atexit
 import gc
 import math
 import os
 import shlex
 import signal
-import sys
 import time
 from dataclasses import asdict, fields
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,14 +33,16 @@ from checkpoint import RunFolder, load_checkpoint, prepared_folder
 from configurator import configure, in_range, one_of, settings
 from data.shards import Batches, Split, fingerprint
 from data.tokenizer import load_tokenizer
-from device import autocast, choose_device, choose_dtype, keep_memory, peak_flops, to_device
+from device import autocast, choose_device, choose_dtype, peak_flops, to_device
 from distributed import join_ranks, leave_ranks, lost_ranks_told, ranks, resume_command, watch_signals
 from errors import SettingError, UserError, out_of_memory, reading, run
 from evaluate import evaluate, infill_rows, score
 from formats import load_pretrained
+from memory import use_memory
 from model import GPT, GPTConfig
 from muon import make_optimizers
-from progress import Progress, check_tracker, diverged, hardware, opening, sample_story
+from progress import Progress, check_tracker, diverged, hardware
+from writing import opening, sample_story
 
 # what to read and write
 dataset = 'tiny_stories'  # a folder under data/, or any path to a prepared folder
@@ -219,7 +227,7 @@ def main():
     torch_device = choose_device(device, local_rank, world_size)
     ptdtype = choose_dtype(dtype, torch_device)
     context = autocast(torch_device, ptdtype)
-    keep_memory()
+    use_memory(torch_device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 
     # the data -----------------------------------------------------------------

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import math
+import mmap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -78,14 +79,16 @@ class Split:
         info = self.meta['splits'][split]
         self.n_bytes = info['bytes']
         self.names = [shard['name'] for shard in info['shards']]
-        self.shards, self.starts, self.n_tokens = [], [], 0
+        self.maps, self.shards, self.starts, self.n_tokens = [], [], [], 0
         for shard in info['shards']:
             path = self.folder / shard['name']
             if not path.is_file():
                 raise UserError(f'{path} is missing, though meta.json names it: {PREPARE}')
             if (size := path.stat().st_size) != 2 * shard['tokens']:
                 raise UserError(f"{path} has {size:,} bytes for {shard['tokens']:,} tokens of 2: {PREPARE}")
-            self.shards.append(np.memmap(path, dtype='<u2', mode='r'))
+            with open(path, 'rb') as file:
+                self.maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            self.shards.append(np.frombuffer(self.maps[-1], '<u2'))
             if verify and hashlib.sha256(self.shards[-1]).hexdigest() != shard['sha256']:
                 raise UserError(f'{path} does not have the sha256 that meta.json says: {PREPARE}')
             self.starts.append(self.n_tokens)
@@ -99,6 +102,8 @@ class Split:
         i = bisect.bisect_right(self.starts, start) - 1
         while length > 0 and i < len(self.shards):
             offset = start - self.starts[i]
+            if self.maps[i].size() != self.shards[i].nbytes:  # what is gone cannot be read: a bus error
+                raise UserError(f'{self.folder / self.names[i]} has changed its length meanwhile: {PREPARE}')
             part = self.shards[i][offset:offset + length]
             if len(part) and part.max() >= self.meta['vocab_size']:
                 raise UserError(f"{self.folder / self.names[i]} has token {part.max()}, beyond the "

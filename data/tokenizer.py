@@ -21,7 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import SettingError, UserError
+from data.shards import PREPARE, read_meta
+from errors import SettingError, UserError, reading
 
 MAX_VOCAB_SIZE = 2**16  # ids are stored as uint16
 FIRST_BYTE = 3  # the id of byte 0 in char and bpe
@@ -37,7 +38,7 @@ GPT2_SHA256 = '306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930'
 class Tokenizer:
     """What all three share. A subclass has `encoding`, `file_name` and `_encode_parts`.
 
-    It is made from the bytes of its one file: ValueError if they are not such a file.
+    It is made from the bytes of its one file: some error if they are not such a file.
     """
 
     delimiter = 1  # begins every story: bos
@@ -169,10 +170,7 @@ class BPETokenizer(Tokenizer):
     def __init__(self, data):
         import sentencepiece
 
-        try:
-            self._model = model = sentencepiece.SentencePieceProcessor(model_proto=data + self.AS_IT_IS)
-        except RuntimeError:
-            raise ValueError('not a sentencepiece model') from None
+        self._model = model = sentencepiece.SentencePieceProcessor(model_proto=data + self.AS_IT_IS)
         ids = range(model.get_piece_size())
         first = [model.unk_id(), model.bos_id(), model.eos_id(), *filter(model.is_byte, ids)]
         if first not in (list(range(FIRST_BYTE)), list(range(len(BYTE_PIECES)))):
@@ -280,30 +278,21 @@ def cut(text, size):
 
 def load_tokenizer(folder):
     """The tokenizer of a folder that prepare.py wrote. UserError if there is none."""
-    try:
-        meta = json.loads(Path(folder, 'meta.json').read_bytes())
+    meta = read_meta(folder)
+    with reading(f'the tokenizer of {folder}', f'is missing or damaged ({PREPARE})'):
         name = CLASSES[meta['encoding']].file_name
         files = {name: Path(folder, name).read_bytes()}
         tokenizer = tokenizer_from_state({'encoding': meta['encoding'], 'files': files}, folder)
         if tokenizer.vocab_size != meta['vocab_size']:
-            raise ValueError
-        return tokenizer
-    except FileNotFoundError as error:
-        command = f'python data/tiny_stories/prepare.py --out_dir {folder}'
-        raise UserError(f'{error.filename} is missing: prepare the data first, {command}') from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f'{folder}/meta.json is not of the tokenizer beside it: prepare anew') from None
+            raise ValueError(f"{name} has {tokenizer.vocab_size} ids, meta.json {meta['vocab_size']}")
+    return tokenizer
 
 
 def tokenizer_from_state(state, where='the checkpoint'):
     """The tokenizer whose `state()` this is. UserError, saying `where` it was, if it is none."""
-    try:
+    with reading(f'the tokenizer of {where}'):
         tokenizer_class = CLASSES[state['encoding']]
         return tokenizer_class(state['files'][tokenizer_class.file_name])
-    except (KeyError, TypeError):
-        raise UserError(f'{where} holds no tokenizer of a known encoding ({", ".join(CLASSES)})') from None
-    except ValueError as error:
-        raise UserError(f'the {state["encoding"]} tokenizer of {where} cannot be used: {error}') from None
 
 
 CLASSES = {kind.encoding: kind for kind in (CharTokenizer, BPETokenizer, GPT2Tokenizer)}

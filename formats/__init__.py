@@ -29,6 +29,15 @@ def load_pretrained(path):
     return importer.load(path)
 
 
+def load_to_write(path):
+    """(checkpoint, Tokenizer) of a run's file or of what `load_pretrained` reads. Raises UserError where it
+    is neither, is damaged, or has no tokenizer."""
+    checkpoint = load_pretrained(path)
+    if not checkpoint['tokenizer']:
+        raise UserError(f'{path} has no tokenizer beside it: put the one there that it was trained with')
+    return checkpoint, tokenizer_from_state(checkpoint['tokenizer'])
+
+
 def open_tokenizer(path):
     """The tokenizer of a prepared folder, of what `load_pretrained` reads, its model there or not, or of what
     `read_tokenizer` does. Raises UserError where `path` is none of these, or is damaged."""
@@ -46,9 +55,10 @@ def open_tokenizer(path):
 
 
 def own_checkpoint(path):
-    """The checkpoint that is `path` or lies in that folder; None if there is none."""
-    for file in Path(path), Path(path, 'best.pt'), Path(path, 'ckpt.pt'):
-        if file.suffix == '.pt' and file.is_file():
+    """The checkpoint that is `path` (.pt) or lies in that folder; None if there is none."""
+    files = [path / 'best.pt', path / 'ckpt.pt'] if path.is_dir() else [path]
+    for file in files:
+        if file.suffix == '.pt' and (file.is_file() or file == path):
             from checkpoint import load_checkpoint
             return load_checkpoint(file)
     return None

@@ -111,6 +111,7 @@ def test_the_settings_are_the_plain_public_globals_of_the_script_itself(script):
     ('--dtype -- --compile', {'dtype': '--', 'compile': True}),
     ('--dtype=', {'dtype': ''}),
     ('--dtype=~/a', {'dtype': os.path.expanduser('~/a')}),
+    ('--dtype=~/a,b~/c,~/d', {'dtype': os.path.expanduser('~/a') + ',b~/c,' + os.path.expanduser('~/d')}),
     ('--dtype=~', {'dtype': '~'}),
     (['--start', ' Once upon\n"a" time '], {'start': ' Once upon\n"a" time '}),
     # files

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from errors import SettingError, UserError, reading, run
+from errors import SettingError, UserError, reading, run, until_run
 from tests.tiny import ROOT
 
 
@@ -114,10 +114,51 @@ def test_a_worker_leaves_ctrl_c_to_its_parent():
     assert python(code, subprocess.PIPE).stdout == 'goes on\n'
 
 
+SCRIPTS = 'train', 'sample', 'export', 'report', 'bench', 'data/tiny_stories/prepare'
+
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_ctrl_c_while_imports_run_is_no_traceback(tmp_path, name):
+    """It comes at the first import that is not ours or Python's; `python -I` puts no folder into sys.path."""
+    for library in 'numpy', 'torch', 'tqdm':
+        (tmp_path / f'{library}.py').write_text('import os, time; os.kill(os.getpid(), 2); time.sleep(5)')
+    code = f"""import runpy, sys
+sys.path.insert(0, {str(tmp_path)!r})
+runpy.run_path({f'{ROOT}/{name}.py'!r}, run_name='__main__')"""
+    done = subprocess.run([sys.executable, '-I', '-c', code], capture_output=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, b'')
+
+
+@pytest.mark.parametrize('ignored', [signal.SIG_IGN, signal.SIG_DFL])
+def test_ctrl_c_is_what_it_was_before_and_after(ignored):
+    """Ignored, as of a command that a shell has put into the background, or deadly until `run`."""
+    before, within = signal.signal(signal.SIGINT, ignored), []
+    try:
+        until_run()
+        run(lambda: within.append(signal.getsignal(signal.SIGINT)))
+        after = signal.getsignal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert after == ignored
+    assert within == [signal.SIG_IGN if ignored == signal.SIG_IGN else signal.default_int_handler]
+
+
+def test_a_message_obeys_no_escape_code(capsys):
+    def main():
+        raise UserError('a\x1b[2Jb\x9bc')
+
+    with pytest.raises(SystemExit):
+        run(main)
+    assert capsys.readouterr().err.endswith(': a\ufffd[2Jb\ufffdc\n')
+
+
 @pytest.mark.parametrize('times', [0, 1, 2])  # that libraries have wrapped it in errors of their own
 @pytest.mark.parametrize('error, line', [
     (ValueError('bad  thing\nin lines'), 'f.bin is damaged or not what it should be: bad thing in lines'),
     (ValueError('x' * 999), 'f.bin is damaged or not what it should be: ' + 'x' * 300),
+    (ValueError('\x1b[31mRed.\x1b[0m Set weights_only=False if you trust it.\nBad code 7.'),
+     'f.bin is damaged or not what it should be: Red. Bad code 7.'),
+    (KeyError('n_layer'), "f.bin is damaged or not what it should be: no entry 'n_layer'"),
     (RecursionError(), 'f.bin is damaged or not what it should be: RecursionError'),
     (UserError('as it is'), 'as it is'),
 ])

@@ -1,5 +1,6 @@
-"""One process at a time in a folder."""
+"""One process at a time in a folder; what the disk does not take."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -9,7 +10,7 @@ import pytest
 
 from checkpoint import RunFolder, load_checkpoint
 from errors import UserError
-from files import lock
+from files import lock, written
 from tests.tiny import ROOT, Script, script
 
 
@@ -90,3 +91,14 @@ def test_two_that_prepare(holder, tmp_path):
     done = script('data/tiny_stories/prepare.py', '--source=sample', f'--out_dir={tmp_path}', status=1)
     assert f'{tmp_path} is in use by process {holder.pid}' in done.err
     assert os.listdir(tmp_path) == ['.lock']
+
+
+@pytest.mark.parametrize('error', [
+    OSError(errno.ENOSPC, 'No space left on device'),
+    RuntimeError('Error while serializing: I/O error: No space left on device (os error 28)')], ids=repr)
+def test_a_full_disk_is_told_in_whatever_words_it_comes(error):
+    told = r'^cannot write out/a \(No space left on device\): make room or name another --path; what was'
+    with pytest.raises(UserError, match=told), written('out/a', '--path'):
+        raise error
+    with pytest.raises(RuntimeError, match='a bug'), written('out/a'):
+        raise RuntimeError('a bug')

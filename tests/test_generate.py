@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from generate import KVCache, continued, generate, sample_token
+from generate import KVCache, generate, sample_token
 from model import GPT
 from tests.test_model import CASES, small
 
@@ -52,45 +52,6 @@ def test_attention_to_a_cache_is_never_cudnn_s(monkeypatch):
     before = enabled()
     list(generate(small(), torch.ones(1, 1, dtype=torch.long), 3))
     assert flags == 3 * [(False, True)] and enabled() == before
-
-
-def greedy(model, ids, limit, stop, least=0):
-    """The new ids after `ids`, without a cache; the context slides as in `generate`."""
-    size, context, new = model.config.block_size, torch.tensor([ids]), []
-    while len(new) < limit:
-        if context.size(1) > size:
-            context = context[:, -max(size // 2, 1):]
-        token = model(context)[0, -1].argmax().item()
-        if token == stop and len(new) >= least:
-            break
-        new.append(token)
-        context = torch.cat((context, torch.tensor([[token]])), 1)
-    return new
-
-
-@pytest.mark.parametrize('least', [0, 4])
-def test_prompts_of_any_lengths_are_continued_side_by_side(least):
-    """Each as by itself, a row that is whole while the others grow; the context is never full."""
-    model, prompts = small(block_size=64), [[3], [5, 6, 7, 8, 9], [5, 6], [9, 9, 1, 2]]
-    alone = [greedy(model, ids, 12, -1) for ids in prompts]
-    stop = alone[1][2]  # so that at least one ends early
-    expected = [greedy(model, ids, 12, stop, least) for ids in prompts]
-    steps = [([[*row] for row in rows], {*growing})
-             for rows, growing in continued(model, prompts, stop, 12, least, temperature=0)]
-    assert steps[-1] == (expected, set())
-    for step, (rows, growing) in enumerate(steps):
-        for i, new in enumerate(expected):
-            asked = max(step + 2 - len(prompts[i]), 0)  # the shortest prompt has one token
-            assert rows[i] == new[:asked] and (i in growing) == (asked < len(new) + (len(new) < 12))
-
-
-def test_a_stop_at_the_limit_ends_a_row_and_does_not_stay():
-    model = small(block_size=64)
-    new = greedy(model, [3], 12, -1)
-    stop = new[-1]
-    limit = new.index(stop) + 1
-    *_, (rows, _) = continued(model, [[3]], stop, limit, min_new_tokens=limit, temperature=0)
-    assert rows == [new[:limit - 1]]
 
 
 def test_suppressed_tokens_are_not_drawn_by_any_random_number(monkeypatch):

@@ -10,7 +10,7 @@ import train
 from checkpoint import load_checkpoint
 from distributed import watch_signals
 from errors import UserError
-from tests import kill_100
+from tests import kill_1000
 from tests.tiny import metrics
 
 
@@ -109,10 +109,10 @@ def test_a_run_that_diverged_goes_on_as_it_says(start, tmp_path, flags):
 
 def test_killed_at_random_moments(monkeypatch, capsys):
     """With dropout, accumulation and float16's loss scaling, over the end of an epoch."""
-    monkeypatch.setattr(kill_100, 'kills', 3)
-    monkeypatch.setattr(kill_100, 'dtype', 'float16')
-    kill_100.main()
-    assert capsys.readouterr().out.startswith('3 kills')
+    monkeypatch.setattr(kill_1000, 'kills', 100)
+    monkeypatch.setattr(kill_1000, 'dtype', 'float16')
+    kill_1000.main()
+    assert capsys.readouterr().out.startswith('100 kills')
 
 
 def test_a_folder_that_goes_away_is_told(start, tmp_path, monkeypatch):

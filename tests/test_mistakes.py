@@ -90,6 +90,7 @@ TABLE += [  # (script, its words, exit status, what its line holds, *what is mad
     (SAMPLE, '--dtype int8', 2, 'int8 32 divides', trained()),
     (SAMPLE, '--start FILE:nowhere.txt', 1, 'nowhere.txt', trained()),
     (SAMPLE, '--start FILE:latin.txt', 1, 'latin.txt UTF-8 3', trained(), wrote('latin.txt', b'caf\xe9')),
+    (SAMPLE, '--start FILE:/dev/zero', 1, '/dev/zero 10,000,000', trained()),
     (SAMPLE, '--first_sentence One.', 2, '--last_sentence'),
     (SAMPLE, '--first_sentence " " --last_sentence One.', 2, '--first_sentence'),
     (SAMPLE, '--first_sentence A. --last_sentence B. --start C', 2, 'leave out start'),

@@ -12,12 +12,8 @@ import pytest
 import torch
 
 from checkpoint import RunFolder
-from data import infill
-from data.shards import Split
-from data.tokenizer import CharTokenizer
 from errors import UserError
-from progress import Progress, hardware, opening, run_facts, smoothed
-from tests.tiny import STORIES, prepare
+from progress import Progress, hardware, run_facts, smoothed
 
 SETTINGS = {'log_interval': 2, 'track': '', 'seed': 5}
 ROW = {'loss': 2.0, 'lr': 0.01, 'grad_norm': 1.0}
@@ -173,17 +169,6 @@ def test_a_tracker_that_fails_is_one_line(begin, monkeypatch):
     monkeypatch.setitem(sys.modules, 'wandb', tracker)
     with pytest.raises(UserError, match='wandb does not begin: no key'):
         begin(track='wandb')
-
-
-def test_a_story_begins_with_four_words_of_the_first_one(tmp_path):
-    enc = CharTokenizer.train(STORIES)
-    split = Split(prepare(tmp_path / 'plain'), 'val')
-    assert enc.decode(opening(split, enc, 99)) == 'Once there was a'
-    assert len(opening(split, enc, 5)) == 5
-    turned, _ = infill.encode(enc, ['Hi you. It ran. All was well.'], 1.0)
-    assert enc.decode(opening(Split(prepare(tmp_path / 'turned', val=turned), 'val'), enc, 99)) == 'Hi you.'
-    bare = enc.encode_pieces([('Oh no', False)])[0]  # tokens that begin with no delimiter
-    assert enc.decode(opening(Split(prepare(tmp_path / 'bare', val=bare), 'val'), enc, 99)).strip() == 'Oh no'
 
 
 def test_the_hardware_is_named():

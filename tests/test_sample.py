@@ -8,8 +8,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-import generate
 import sample
+import writing
 from checkpoint import load_checkpoint, load_model
 from data import infill
 from data.tokenizer import CharTokenizer
@@ -27,14 +27,14 @@ ENDS = {'first_sentence': f' {FIRST} ', 'last_sentence': f' {LAST} '}
 def asked(monkeypatch):
     """Stands for `generate`, and gives the tokens in asked.rows."""
     asked = Mock(side_effect=lambda *_, **__: torch.tensor(asked.rows).T)
-    monkeypatch.setattr(generate, 'generate', asked)
+    monkeypatch.setattr(writing, 'generate', asked)
     return asked
 
 
 def test_a_story_ends_and_is_shown_where_it_ends_though_others_go_on(monkeypatch):
     a, b, c = CHAR.encode('abc')[1:]
     drawn, steps = [], zip((b, b, b, 1, a), (a, 1, c, c, c), (b, b, b, 1, c), (c, c, c, c, c), strict=True)
-    monkeypatch.setattr(generate, 'generate', lambda *_, **__: (
+    monkeypatch.setattr(writing, 'generate', lambda *_, **__: (
         drawn.append(step) or torch.tensor(step) for step in steps))
     monkeypatch.setattr(sample, 'num_samples', 4)
     monkeypatch.setattr(sample, 'max_new_tokens', 5)
@@ -173,7 +173,7 @@ def test_a_lone_story_grows_on_a_terminal(write, monkeypatch):
             shown.append(terminal.buffer.getvalue().decode())
             yield torch.tensor([token])
 
-    monkeypatch.setattr(generate, 'generate', tokens)
+    monkeypatch.setattr(writing, 'generate', tokens)
     monkeypatch.setattr(sys, 'stdout', terminal)
     monkeypatch.setattr(sys, 'stderr', terminal)
     write(**ENDS, num_samples=1)

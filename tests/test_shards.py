@@ -78,6 +78,15 @@ def test_batches_come_ahead_in_order(folder):
         assert np.array_equal(ready, batches(step))
 
 
+def test_a_shard_cut_while_it_is_read_is_told(folder):
+    """A bus error would end the process without a word."""
+    split = Split(folder, 'train')
+    os.truncate(folder / 'train_00001.bin', 8)
+    assert np.array_equal(split.read(0, 400), TOKENS[:400])
+    with pytest.raises(UserError, match=r'train_00001\.bin has changed its length meanwhile'):
+        split.read(390, 20)
+
+
 def test_the_fingerprint_changes_with_any_token(tmp_path):
     changed = [np.where(np.arange(1003) == i, 0, TOKENS).astype(np.uint16) for i in range(3)]
     prints = {fingerprint(read_meta(make(tmp_path, **{split: tokens})))

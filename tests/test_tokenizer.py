@@ -25,6 +25,7 @@ CORPUS = [
     'Lily had a red ball. She threw it, and Max ran after it. "You\u2019re fast!" she said. They were happy.',
     'One day the ball fell into the pond.\tMax was sad.    Then a kind frog came.    \u201cYes!\u201d    ',
 ] * 5
+META = {'vocab_size': 300, 'splits': {key: {'shards': [], 'bytes': 1} for key in ('train', 'val')}}
 SPELLED = '<s></s><unk><0x41><0x0A><blank><middle><|endoftext|><pad> \u2047 '
 NASTY = ['', ' ', '   ', ' a', 'a ', '\x00', '\ufffd', '\u2581', ' \u2581\u2581 a\u2581', '\u2585', '\ufeffa']
 NASTY += ['\r\n \t\n', 'e\u0301e\u0301', '\U0001f600\U0010ffff', '\u00a0\u3000\u2028\x85', '\ufb01\u2460']
@@ -221,7 +222,7 @@ def test_copies_are_the_same(tokenizer, tmp_path):
     """Through a checkpoint, a prepared folder, and on the way to a worker process."""
     torch.save(tokenizer.state(), tmp_path / 'state.pt')
     tokenizer.save(tmp_path)
-    meta = {'encoding': tokenizer.encoding, 'vocab_size': tokenizer.vocab_size}
+    meta = META | {'encoding': tokenizer.encoding, 'vocab_size': tokenizer.vocab_size}
     (tmp_path / 'meta.json').write_text(json.dumps(meta))
     copies = [tokenizer_from_state(torch.load(tmp_path / 'state.pt', weights_only=True)),
               load_tokenizer(tmp_path), pickle.loads(pickle.dumps(tokenizer))]
@@ -239,34 +240,30 @@ def test_copies_are_the_same(tokenizer, tmp_path):
     ('char', b'["a"]', 'no space'),
     ('char', b'["\\ud800", " "]', 'surrogate'),
     ('char', json.dumps([chr(0x10000 + i) for i in range(66000)] + [' ']).encode(), 'do not fit uint16'),
-    ('bpe', b'garbage', 'not a sentencepiece model'),
+    ('bpe', b'garbage', 'model_proto'),
     ('gpt2', b'IQ== 0\n', 'sha256'),
 ])
-def test_broken_tokenizer_file(encoding, data, message, tmp_path, capfd):
-    (tmp_path / CLASSES[encoding].file_name).write_bytes(data)
-    (tmp_path / 'meta.json').write_text(json.dumps({'encoding': encoding, 'vocab_size': 300}))
-    said = f'the {encoding} tokenizer of {tmp_path} cannot be used: [^\n]*{message}[^\n]*$'
-    with pytest.raises(UserError, match=said):
-        load_tokenizer(tmp_path)
+def test_broken_tokenizer_file(encoding, data, message, capfd):
+    state = {'encoding': encoding, 'files': {CLASSES[encoding].file_name: data}}
+    with pytest.raises(UserError, match=f'the tokenizer of there is damaged [^\n]*{message}[^\n]*$'):
+        tokenizer_from_state(state, 'there')
     assert capfd.readouterr().err == ''
 
 
 @pytest.mark.parametrize('state', [None, {}, {'encoding': 'x'}, {'encoding': 'bpe', 'files': {}}])
 def test_broken_state(state):
-    with pytest.raises(UserError, match='the checkpoint holds no tokenizer'):
+    with pytest.raises(UserError, match='the tokenizer of the checkpoint is damaged'):
         tokenizer_from_state(state)
 
 
 @pytest.mark.parametrize('meta, message', [
-    (None, r'meta.json is missing: .*prepare.py --out_dir'),
-    (b'{"encoding": "bpe"}', 'tokenizer.model is missing'),
-    *((meta, 'meta.json is not of the tokenizer beside it') for meta in (
-        b'', b'[]', b'{}', b'{"encoding": "x"}', b'{"encoding": []}', b'\xff',
-        b'{"encoding": "char", "vocab_size": 999}')),
-])
+    (None, r'no meta.json.*prepare.py'),
+    (META | {'encoding': 'bpe'}, 'tokenizer.model'),
+    (META | {'encoding': 'x'}, "no entry 'x'"),
+    (META | {'encoding': 'char', 'vocab_size': 999}, 'tokenizer.json has [0-9]+ ids, meta.json 999')])
 def test_broken_meta(meta, message, tmp_path):
     make('char').save(tmp_path)
     if meta is not None:
-        (tmp_path / 'meta.json').write_bytes(meta)
+        (tmp_path / 'meta.json').write_text(json.dumps(meta))
     with pytest.raises(UserError, match=message):
         load_tokenizer(tmp_path)

@@ -4,17 +4,21 @@
     python data/tiny_stories/prepare.py --source stories.txt --encoding_type bpe --out_dir data/mine
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it runs from any working directory
+if __name__ == '__main__':  # the imports below take seconds
+    import errors
+    errors.until_run()  # Ctrl-C
+
 import json
 import os
 import shlex
-import sys
 import time
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from functools import partial
 from hashlib import blake2b
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it runs from any working directory
 
 import numpy as np
 from tqdm import tqdm
@@ -35,8 +39,7 @@ from formats import open_tokenizer
 source = 'roneneldan/TinyStories'  # user/name on the hub, a file, folder or bundle, or sample (built in)
 text_column = ''  # of the stories, in a table; '' is text or story
 encoding_type = 'auto'  # char, bpe or gpt2; auto: bpe for the built-in corpus, char for all others
-# 4096 and not 30,000: at 288 wide, 30,000 rows of the embedding are 8.6M parameters, more than all layers
-# of a 15M model; and the few words of these stories are nearly all whole tokens in 4096 rows already.
+# 4096, not 30,000: of 288 wide these are 8.6M parameters, more than all layers of a 15M model
 vocab_size = 0  # of bpe, the two infilling tokens counted; 0: 4096, and 1536 for the built-in corpus
 tokenizer = ''  # of a checkpoint, a prepared folder, a pretrained model, a file, or characters of a .txt
 data_percentage = 100.0  # of the stories to use; a smaller share is part of a larger one
@@ -47,9 +50,6 @@ num_proc = 0  # worker processes; 0 is one a core
 seed = 1337  # of the built-in corpus, and of the sample that bpe learns from
 offline = False  # open no connection: take hub datasets and GPT-2's vocabulary from their caches
 bundle = ''  # only write this .tar: the source, GPT-2's vocabulary and requirements, for where is no internet
-
-_HERE = Path(__file__).resolve().parent
-_LEARN_BYTES = 100_000_000  # of stories that bpe learns from, at most
 
 
 def check_settings():
@@ -107,7 +107,6 @@ def encode(batch, enc, rate):
 def map_piece(rows, stories, function, columns, cache, arguments):
     """The path of an Arrow file with the results for these rows."""
     import datasets
-
     datasets.disable_progress_bars()  # there is one for all pieces
     features = datasets.Features({name: datasets.Value(kind) for name, kind in columns.items()})
     path = f'{cache}/{function.__name__}_{rows[0]}.arrow'
@@ -176,7 +175,7 @@ def learn(stories, rows, size, cache):
         pieces = each_piece(stories, rows, alphabet, {'text': 'string'}, cache)
         return CharTokenizer.train([row['text'] for piece in pieces for row in piece])
     order = np.random.default_rng(seed).permutation(len(rows))
-    chosen = np.sort(order[size[order].cumsum() <= _LEARN_BYTES])
+    chosen = np.sort(order[size[order].cumsum() <= 100_000_000])
     pieces = each_piece(stories, rows[chosen], dict, {'text': 'string'}, cache)
     texts = [text for piece in pieces for text in piece['text']]
     return BPETokenizer.train(texts, vocab_size or (1536 if source == 'sample' else 4096))
@@ -202,7 +201,7 @@ def main():
                    column=text_column)
     if bundle:
         return print(write_bundle(bundle, partial(load, source), offline))
-    folder = Path(out_dir) if out_dir else _HERE
+    folder = Path(out_dir or Path(__file__).parent)
     with replacing(folder) as (new, cache):
         place = unpack(source, cache / 'bundle') if source.endswith('.tar') else source
         enc = given_tokenizer(cache / 'bundle' / 'gpt2')
@@ -242,7 +241,7 @@ def main():
     print(f'tokens: {tokens:,} of {size / tokens:.2f} bytes each ({enc.encoding}, {enc.vocab_size:,} ids)')
     print(f'text: {size / 1e6:.1f} MB in {seconds:.1f} s, {size / 1e6 / seconds:.1f} MB/s')
     recipe = '_'.join(['quickstart'] * (source == 'sample') + ['infill'] * (infill_rate > 0))
-    dataset = '' if folder.resolve() == _HERE else f' --dataset {shlex.quote(str(folder))}'
+    dataset = f' --dataset {shlex.quote(out_dir)}' if out_dir else ''
     print(f"next: python train.py{recipe and f' config/{recipe}.py'}{dataset}")
 
 
