@@ -13,6 +13,7 @@ import math
 import os
 import re
 import reprlib
+import shlex
 import sys
 import traceback
 from pathlib import Path
@@ -179,7 +180,7 @@ def run_python(path, source, current):
 
 def print_help(settings_globals):
     print((settings_globals.get('__doc__') or '').strip() + '\n')
-    print(f'usage: python {sys.argv[0]} [config file, .py or .json ...] [--key value ...]\n\nsettings:')
+    print(f'usage: python {shlex.quote(sys.argv[0])} [config file, .py or .json ...] [--key value ...]\n\nsettings:')
     defaults, comments = settings(settings_globals), declarations(settings_globals['__file__'])
     for key, value in defaults.items():
         default = f'{type(value).__name__} = {value!r}'
