@@ -180,7 +180,8 @@ def run_python(path, source, current):
 
 def print_help(settings_globals):
     print((settings_globals.get('__doc__') or '').strip() + '\n')
-    print(f'usage: python {shlex.quote(sys.argv[0])} [config file, .py or .json ...] [--key value ...]\n\nsettings:')
+    script = shlex.quote(sys.argv[0])
+    print(f'usage: python {script} [config file, .py or .json ...] [--key value ...]\n\nsettings:')
     defaults, comments = settings(settings_globals), declarations(settings_globals['__file__'])
     for key, value in defaults.items():
         default = f'{type(value).__name__} = {value!r}'

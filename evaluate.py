@@ -34,13 +34,13 @@ def evaluate(score_model, split, block_size, batch_size, infill=(), train=None, 
     'train_loss' and 'train_acc', of the infill rows 'val_infill_loss', nats per token of the middles, and so
     'val_infill_loss_shuffled', after another story's last sentence. None where stopped() came true anywhere.
     """
-    kinds = [(split.windows, range(math.ceil((split.n_tokens - 1) / block_size))),
+    kinds = [(split.windows, range(0, split.n_tokens - 1, block_size)),
              *((padded, rows) for rows in infill)]
     batches = [(kind, read, rows[first:first + batch_size]) for kind, (read, rows) in enumerate(kinds)
                for first in range(0, min(len(rows), (max_batches or math.inf) * batch_size), batch_size)]
     if train:
         n, last = max(1, sum(len(rows) for *_, rows in batches) // 4), (train.n_tokens - 1) // block_size - 1
-        rows = np.unique(np.linspace(0, last, n, dtype=int))
+        rows = np.unique(np.linspace(0, last, n, dtype=int)) * block_size
         batches += [(3, train.windows, rows[i:i + batch_size]) for i in range(0, len(rows), batch_size)]
     # a row for each kind of batch, loss, hits, targets; and one for whether it stopped
     device = torch.device(device)  # mps has no float64

@@ -112,15 +112,15 @@ class Split:
             start, length, i = start + len(part), length - len(part), i + 1
         return np.concatenate(parts)
 
-    def windows(self, indices, block_size):
-        """Inputs and targets of windows k in `indices`: tokens from k * block_size on, and one further.
+    def windows(self, starts, block_size):
+        """Inputs and targets of windows: the tokens from each of `starts` on, and one further.
 
-        Returns int64 arrays x, y of shape (len(indices), block_size). Targets beyond the end of the split
+        Returns int64 arrays x, y of shape (len(starts), block_size). Targets beyond the end of the split
         are -1, which the loss ignores.
         """
-        xy = np.full((len(indices), block_size + 1), -1, dtype=np.int64)
-        for row, k in zip(xy, indices, strict=True):
-            tokens = self.read(int(k) * block_size, block_size + 1)
+        xy = np.full((len(starts), block_size + 1), -1, dtype=np.int64)
+        for row, start in zip(xy, starts, strict=True):
+            tokens = self.read(int(start), block_size + 1)
             row[:len(tokens)] = tokens
         return np.maximum(xy[:, :-1], 0), xy[:, 1:]
 
@@ -128,9 +128,10 @@ class Split:
 class Batches:
     """The training batches of one rank: a pure function of the step.
 
-    Each epoch is a seeded permutation of all windows; the global batch of step s is sequences
-    s * sequences to (s + 1) * sequences of that endless stream of windows, whatever the number of ranks.
-    A rank takes its share in `micro_steps` micro-batches, none larger than batch_size.
+    Each epoch is a seeded permutation of all windows, the first one from the stream's first token on, each
+    later one from a seeded token below block_size, so that no two cut the stories alike. The global batch of
+    step s is sequences s * sequences to (s + 1) * sequences of that endless stream of windows, whatever the
+    number of ranks. A rank takes its share in `micro_steps` micro-batches, none larger than batch_size.
     """
 
     def __init__(self, split, block_size, batch_size, accumulation_steps, seed, rank=0, world_size=1):
@@ -152,23 +153,24 @@ class Batches:
                             f'of {block_size} and its target: prepare more text or lower --block_size')
         share = self.sequences // world_size
         self.rows = slice(rank * share, (rank + 1) * share)
-        self.epoch, self.order = -1, None
+        self.epoch, self.order = -1, None  # the tokens that the windows of an epoch start at
 
-    def indices(self, step):
-        """The windows of the global batch of `step`, an int array (sequences,)."""
+    def starts(self, step):
+        """The tokens that the windows of the global batch of `step` start at, an int array (sequences,)."""
         position = np.arange(step * self.sequences, (step + 1) * self.sequences)
         out = np.empty(self.sequences, dtype=np.int64)
         for epoch in np.unique(position // self.n_windows):
             if epoch != self.epoch:
-                self.epoch = epoch
-                self.order = np.random.default_rng((self.seed, epoch)).permutation(self.n_windows)
+                self.epoch, rng = epoch, np.random.default_rng((self.seed, epoch))
+                self.order = rng.permutation(self.n_windows) * self.block_size
+                self.order += rng.integers(self.block_size) if epoch else 0
             here = position // self.n_windows == epoch
             out[here] = self.order[position[here] % self.n_windows]
         return out
 
     def __call__(self, step):
         """This rank's micro-batches of `step`: a list of (inputs, targets), int64 (B, block_size) each."""
-        xy = self.split.windows(self.indices(step)[self.rows], self.block_size)
+        xy = self.split.windows(self.starts(step)[self.rows], self.block_size)
         return list(zip(*(np.split(a, self.micro_steps) for a in xy), strict=True))
 
     def ahead(self, step):

@@ -163,14 +163,15 @@ def test_how_ranks_join(monkeypatch, name, options):
     assert joined == [options]
 
 
-def test_a_step_has_two_exchanges(data, tmp_path):
-    """One of the gradients and one of its figures, whatever the number of micro-batches."""
+def test_a_step_has_five_exchanges(data, tmp_path):
+    """Whatever the number of micro-batches: one of the gradients, one of Muon's steps for each of the three
+    shapes of matrices, and one of the figures."""
     (tmp_path / 'profiled.py').write_text(PROFILED)
     counted = [Counter(json.loads(on_ranks(
         2, *SETTINGS, f'--dataset={data}', f'--out_dir={tmp_path}/{steps}', f'--max_iters={steps}',
         '--gradient_accumulation_steps=4', program=tmp_path / 'profiled.py').splitlines()[-1]))
         for steps in (2, 6)]
-    assert counted[1] - counted[0] == {'gloo:all_reduce': 8}
+    assert counted[1] - counted[0] == {'gloo:all_reduce': 8, 'gloo:all_gather': 12}
 
 
 def test_on_several_machines_the_command_leaves_their_options_out(monkeypatch):

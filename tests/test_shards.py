@@ -36,7 +36,7 @@ def test_shards_are_one_stream_which_any_reader_of_uint16_reads(folder):
 
 
 def test_windows_have_their_targets_one_further_and_minus_one_beyond_the_end(folder):
-    x, y = Split(folder, 'train').windows([0, 61, 62, 63], 16)
+    x, y = Split(folder, 'train').windows([0, 61 * 16, 62 * 16, 63 * 16], 16)
     assert np.array_equal(x[1], TOKENS[61 * 16:62 * 16])
     assert np.array_equal(y[1], TOKENS[61 * 16 + 1:62 * 16 + 1])
     assert np.array_equal(y[2, :10], TOKENS[993:]) and (y[2, 10:] == -1).all()  # 992 + 16 > 1003
@@ -45,14 +45,20 @@ def test_windows_have_their_targets_one_further_and_minus_one_beyond_the_end(fol
 
 @pytest.mark.parametrize('sequences', [4, 5, 100])
 def test_each_epoch_has_every_window_once(folder, sequences):
+    """In the first they begin at token 0, later elsewhere; the last target of each is there."""
     batches, same, other = (Batches(Split(folder, 'train'), 16, sequences, 1, seed) for seed in (7, 7, 8))
     n = 62  # (1003 - 1) // 16
-    stream = np.concatenate([batches.indices(step) for step in range(3 * n // sequences + 1)])
-    epochs = [stream[i * n:(i + 1) * n] for i in range(3)]
-    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
-    assert not np.array_equal(epochs[0], epochs[1])
-    assert np.array_equal(same.indices(1), stream[sequences:2 * sequences])  # no memory of earlier steps
-    assert not np.array_equal(other.indices(0), stream[:sequences])
+    stream = np.concatenate([batches.starts(step) for step in range(9 * n // sequences + 1)])
+    epochs = [stream[i * n:(i + 1) * n] for i in range(9)]
+    shifts = [min(epoch) for epoch in epochs]
+    assert shifts[0] == 0 and len({*shifts}) > 3 and max(shifts) < 16
+    for epoch, shift in zip(epochs, shifts, strict=True):
+        assert sorted(epoch) == [shift + 16 * k for k in range(n)]
+    assert not np.array_equal(epochs[0], epochs[1] - shifts[1])
+    assert np.array_equal(same.starts(1), stream[sequences:2 * sequences])  # no memory of earlier steps
+    assert not np.array_equal(other.starts(0), stream[:sequences])
+    _, y = batches.split.windows([epochs[0].max() + 15], 16)
+    assert (y >= 0).sum() == 1003 - 1 - (epochs[0].max() + 15)
 
 
 @pytest.mark.parametrize('accumulation_steps, ranks, micro_steps', [
