@@ -70,7 +70,7 @@ def main():
             goes_on = ['--init_from=resume'] * (before >= 0)
             runs = [Script(*words, f'--out_dir={out}', *goes_on, MPLBACKEND='')
                     for _ in range(moments.choice((1, 1, 2)))]  # two contend for the folder
-            wait = moments.uniform(0, length / 2) if killed < kills else math.inf  # most die more than once
+            wait = moments.uniform(0, length / 3) if killed < kills else math.inf  # most die more than once
             alive = kill(runs, time.monotonic() + wait, out, aimed=killed % 3 == 0)
             killed += alive
             in_save += alive and any(out.glob('*.tmp'))
