@@ -42,7 +42,7 @@ from device import DTYPES, autocast, choose_device, choose_dtype
 from errors import SettingError, UserError, run
 from formats.llama2c import Llama2c
 from generate import KERNELS, generate
-from memory import use_memory
+from machine import use_memory
 from model import GPT, GPTConfig
 from quantize import to_int8
 

@@ -35,7 +35,7 @@ from errors import SettingError, UserError, reading, run
 from evaluate import evaluate, infill_rows, score
 from files import write_whole
 from formats import load_to_write
-from memory import use_memory
+from machine import use_memory
 from progress import run_facts
 from writing import first_words, write_all
 

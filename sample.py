@@ -26,7 +26,7 @@ from data import infill
 from device import DTYPES, choose_device, choose_dtype
 from errors import SettingError, UserError, printable, reading, run
 from formats import load_to_write
-from memory import use_memory
+from machine import use_memory
 from quantize import to_int8
 from writing import continued, write_all
 

@@ -15,8 +15,6 @@ if __name__ == '__main__':  # the imports below take seconds
     import errors
     errors.until_run()  # Ctrl-C
 
-import atexit
-import gc
 import math
 import os
 import shlex
@@ -31,14 +29,14 @@ import torch.distributed as dist
 
 from checkpoint import RunFolder, load_checkpoint, prepared_folder
 from configurator import configure, in_range, one_of, settings
-from data.shards import Batches, Split, fingerprint
+from data.shards import SPLITS, Batches, Split, fingerprint
 from data.tokenizer import load_tokenizer
 from device import autocast, choose_device, choose_dtype, peak_flops, to_device
 from distributed import join_ranks, leave_ranks, lost_ranks_told, ranks, resume_command, watch_signals
 from errors import SettingError, UserError, out_of_memory, reading, run
 from evaluate import evaluate, infill_rows, score
 from formats import load_pretrained
-from memory import use_memory
+from machine import IdleCores, freeze_garbage, use_memory
 from model import GPT, GPTConfig
 from muon import make_optimizers
 from progress import Progress, check_tracker, diverged, hardware
@@ -228,12 +226,11 @@ def main():
     ptdtype = choose_dtype(dtype, torch_device)
     context = autocast(torch_device, ptdtype)
     use_memory(torch_device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    give_way = IdleCores()
 
     # the data -----------------------------------------------------------------
     folder = prepared_folder(dataset)
-    verify = verify_data and local_rank == 0
-    train_split, val_split = Split(folder, 'train', verify), Split(folder, 'val', verify)
+    train_split, val_split = (Split(folder, split, verify_data and local_rank == 0) for split in SPLITS)
     tokenizer = load_tokenizer(folder)
     batches = Batches(train_split, block_size, batch_size, gradient_accumulation_steps, seed, rank,
                       world_size)
@@ -275,11 +272,10 @@ def main():
 
     # the loop -----------------------------------------------------------------
     skipped, stopping, spent = 0, False, 0.0  # spent: seconds of training since the start
+    stopped = lambda: bool(give_way() or caught)  # noqa: E731
     evaluate_val = partial(evaluate, compiled_score, val_split, block_size, batch_size, device=torch_device,
-                           rank=rank, world_size=world_size, stopped=lambda: bool(caught))
-    gc.collect()
-    gc.freeze()  # what there is by now is never garbage, and is not looked through again
-    atexit.register(gc.unfreeze)  # or torch 2.15 says at the end that it leaked
+                           rank=rank, world_size=world_size, stopped=stopped)
+    freeze_garbage()
     for micro_batches in batches.ahead(it):  # endless: those of step `it`, as numpy arrays
         # once in a while: evaluate, save, show a story; and often, for the curve, evaluate two batches
         ended, keep = it == n_iters, save_interval > 0 and it % save_interval == 0
@@ -289,7 +285,7 @@ def main():
             with context:
                 result = evaluate_val(*(infill_val, train_split, eval_iters) if whole else ((), None, 2))
                 if master_process and whole and result:
-                    story = sample_story(model, tokenizer, seed, prompt, lambda: bool(caught))
+                    story = sample_story(model, tokenizer, seed, prompt, stopped)
             model.train()
             stopping = result is None
             if result and not math.isfinite(result['val_loss']):
@@ -310,6 +306,7 @@ def main():
 
         # one step: forward and backward over the micro-batches, then the update
         began = time.perf_counter()
+        give_way()
         torch.manual_seed(int(np.random.SeedSequence((seed, it, rank)).generate_state(1)[0]))  # of dropout
         for group in (group for opt in optimizers for group in opt.param_groups):
             group['lr'] = group['peak_lr'] * lr_factor(it, n_iters)

@@ -14,6 +14,7 @@ import numpy as np
 from errors import SettingError, UserError, reading
 
 SHARD_TOKENS = 100_000_000
+SPLITS = 'train', 'val'
 PREPARE = 'run data/tiny_stories/prepare.py, or name a prepared folder with --dataset'
 
 
@@ -50,7 +51,7 @@ def read_meta(folder):
         raise UserError(f'{folder} holds no prepared data (no meta.json): {PREPARE}')
     with reading(path, f'is damaged ({PREPARE})'):
         meta = json.loads(path.read_text(encoding='utf-8'))
-        for split in 'train', 'val':
+        for split in SPLITS:
             for shard in meta['splits'][split]['shards']:
                 if Path(shard['name']).name != shard['name']:
                     raise UserError(f"{path}: shard name {shard['name']!r} is not a plain file name")
@@ -65,7 +66,7 @@ def read_meta(folder):
 
 def fingerprint(meta):
     """Hex digest that names the data: it changes when any token of any shard does."""
-    hashes = [shard['sha256'] for split in ('train', 'val') for shard in meta['splits'][split]['shards']]
+    hashes = [shard['sha256'] for split in SPLITS for shard in meta['splits'][split]['shards']]
     return hashlib.sha256(json.dumps([meta['encoding'], meta['vocab_size'], hashes]).encode()).hexdigest()
 
 
