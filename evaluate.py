@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from device import to_device
-from model import log_probs_in_parts
+from functions import log_probs_in_parts
 
 
 @torch.no_grad()

@@ -13,6 +13,8 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+from functions import LinearCrossEntropy, RMSNorm, cast, rotate
+
 ACTIVATIONS = {
     'gelu': partial(F.gelu, approximate='tanh'),  # GPT-2's
     'relu': F.relu,
@@ -68,7 +70,7 @@ class GPTConfig:
 
 def make_norm(config, width):
     if config.norm == 'rms':
-        return nn.RMSNorm(width, eps=config.norm_eps)
+        return RMSNorm(width, eps=config.norm_eps)
     return nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias)
 
 
@@ -79,19 +81,7 @@ def angles(length, width, base):
     return torch.outer(torch.arange(length), base ** -(torch.arange(0, width, 2) / width))
 
 
-def rotate(x, cos, sin):
-    """Rotate the pairs (x[i], x[i + head_dim / 2]), Hugging Face's layout. x: (B, T, heads, head_dim)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.addcmul(x * cos.type_as(x), torch.cat((b, a), dim=-1), sin.type_as(x))
-
-
 # the block --------------------------------------------------------------------
-
-def cast(x):
-    """x in the dtype that autocast would give it: once, where several linear layers take it."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
-
 
 def plain_attention(q, k, v, dropout):
     """Causal attention as two matrix products: in bfloat16 on a CPU 1.3 to 3 times as fast as the flash
@@ -174,44 +164,6 @@ class Block(nn.Module):
     def forward(self, x, rope, cache):
         x = x + F.dropout(self.attn(self.attn_norm(x), rope, cache), self.dropout, self.training)
         return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training)
-
-
-# the loss ---------------------------------------------------------------------
-
-def log_probs_in_parts(head, x, targets, rows):
-    """Yields x, the log-probabilities of head(x) in float32 and the targets, `rows` tokens at a time:
-    all at once, they would be the largest tensors by far, 3.3 GB for 16,384 tokens of GPT-2's vocabulary."""
-    for part, target in zip(x.split(rows), targets.split(rows), strict=True):
-        yield part, head(part).log_softmax(-1, dtype=torch.float32), target
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """Summed cross-entropy of the logits x @ weight.T, in parts of `rows` tokens.
-
-    The gradients are made in the forward pass, while a part's probabilities are at hand, as in the fused
-    linear cross-entropy of Liger Kernel (Hsu et al. 2024): as fast as all logits at once, in less memory.
-    x: (B T, C), weight: (V, C), targets: (B T,), -1 where there is none.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, rows):
-        x_, weight_ = cast(x), cast(weight)  # what the matrix products take
-        loss, grad_x, grad_weight = x.new_zeros((), dtype=torch.float32), [], torch.zeros_like(weight)
-        for part, log_p, target in log_probs_in_parts(lambda x: F.linear(x, weight_), x_, targets, rows):
-            loss += F.nll_loss(log_p, target, ignore_index=-1, reduction='sum')
-            if ctx.needs_input_grad[0]:  # d loss / d logits: the probabilities, less 1 at the target
-                given = (target >= 0)[:, None]
-                grad = log_p.exp_().scatter_add_(1, target.clamp(min=0)[:, None], -given.float())
-                grad = grad.to(weight_.dtype)
-                grad_x.append(grad @ weight_ * given)
-                grad_weight += grad.T @ (part * given)
-        ctx.grads = (torch.cat(grad_x).type_as(x), grad_weight) if grad_x else None
-        return loss
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad_x, grad_weight = ctx.grads
-        return grad_x * grad, grad_weight * grad, None, None
 
 
 # the model --------------------------------------------------------------------
