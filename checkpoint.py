@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import os
+import reprlib
 import shlex
 import shutil
 import zipfile
@@ -24,6 +25,9 @@ from files import lock, write_whole, written
 from model import GPT, GPTConfig
 
 FILES = {'last': 'ckpt.pt', 'best': 'best.pt'}
+KINDS = {'model': dict, 'config': dict, 'tokenizer': dict | None, 'settings': dict, 'iter': int,
+         'best_val_loss': float | int, 'best_iter': int, 'optimizers': list, 'scaler': dict,
+         'fingerprint': str, 'infill_rate': float | int}
 
 
 def load_checkpoint(path):
@@ -34,8 +38,10 @@ def load_checkpoint(path):
         raise UserError(f'{path} is damaged or no checkpoint ({reason}){other_checkpoint(path)}')
     with reading(path, 'is not a checkpoint of this project, and was not run'):
         checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-    if missing := {'model', 'config', 'tokenizer', 'settings', 'iter'} - set(checkpoint):
-        raise UserError(f"{path} is not a checkpoint of this project: it has no {', '.join(sorted(missing))}")
+        for name in KINDS.keys() & {'model', 'config', 'tokenizer', 'settings', 'iter', *checkpoint}:
+            value = checkpoint[name]
+            if not isinstance(value, KINDS[name]) or (isinstance(value, float | int) and not value >= 0):
+                raise ValueError(f'its {name} is {reprlib.repr(value)}')
     return checkpoint
 
 
@@ -69,6 +75,8 @@ def check_size(config, weights):
     with torch.device('meta'):  # where nothing takes memory
         one, two = (GPT(replace(config, n_layer=n)).n_params() for n in (1, 2))
     claimed = one + (config.n_layer - 1) * (two - one)
+    if odd := [name for name, w in weights.items() if not w.is_floating_point()]:
+        raise ValueError(f'{odd[0]} has no real numbers')
     there = sum(w.numel() for name, w in weights.items()
                 if name != 'lm_head.weight' or not config.tie_embeddings)
     if claimed != there:
@@ -132,9 +140,8 @@ class RunFolder:
         for line in path.read_text(errors='replace').splitlines() if path.exists() else ():
             with contextlib.suppress(Exception):  # half a line, of a killed run
                 record = json.loads(line)
-                texts = {'prompt', 'story'} & {*record}
-                sound = all(map(math.isfinite, (record[key] for key in {*record} - texts)))
-                sound = sound and all(isinstance(record[key], str) for key in texts)
+                sound = all(isinstance(value, str) if key in ('prompt', 'story') else math.isfinite(value)
+                            for key, value in record.items())
                 records += [record] if sound and record['iter'] >= 0 else []
         return records
 

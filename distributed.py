@@ -11,7 +11,7 @@ import warnings
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from errors import out_of_memory
+from errors import out_of_memory, script
 
 
 def ranks():
@@ -40,7 +40,7 @@ def resume_command(out_dir):
     world_size, here = ranks()[2], int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     nodes = '--standalone' if world_size == here else '...'  # on several nodes, the options of their start
     start = f'torchrun {nodes} --nproc_per_node={here}' if world_size > 1 else 'python'
-    return f'{start} train.py --init_from resume --out_dir {shlex.quote(out_dir)}'
+    return f"{start} {script('train.py')} --init_from resume --out_dir {shlex.quote(out_dir)}"
 
 
 def watch_signals():

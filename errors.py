@@ -5,9 +5,11 @@ import ctypes
 import errno
 import os
 import re
+import shlex
 import signal
 import sys
 import time
+import warnings
 
 
 class UserError(Exception):
@@ -18,6 +20,11 @@ class UserError(Exception):
 class SettingError(UserError):
     """A mistake in the settings, on the command line or in a config file."""
     status = 2
+
+
+def script(name):
+    """How to type a script of ours, from wherever we are."""
+    return shlex.quote(os.path.relpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), name)))
 
 
 def until_run():
@@ -85,8 +92,9 @@ def run(main, less_memory=''):
 
 
 def printable(text):
-    """`text` with U+FFFD for each character that a terminal would obey."""
-    return re.sub('[\0-\x08\x0b-\x1f\x7f-\x9f]', '\N{REPLACEMENT CHARACTER}', text)
+    """`text` with U+FFFD for each character that a terminal would obey, or that no file can have."""
+    # lone surrogates but those that stand for bytes of file names
+    return re.sub('[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udc7f\udd00-\udfff]', '\N{REPLACEMENT CHARACTER}', text)
 
 
 def be_a_worker():
@@ -98,8 +106,10 @@ def be_a_worker():
 
 def out_of_memory(error):
     """Whether memory has run out: torch has one exception for CUDA and mere words for MPS and CPUs."""
-    words = "out of memory|can't allocate memory|annot allocate memory|not enough memory"
-    return isinstance(error, MemoryError) or bool(re.search(words, str(error)))
+    words = ("out of memory|can't allocate memory|annot allocate memory|not enough memory|bad_alloc|"
+             'Resource temporarily unavailable')  # the last of a thread that cannot be started
+    return isinstance(error, MemoryError) or (
+        isinstance(error, (RuntimeError, OSError)) and bool(re.search(words, str(error))))
 
 
 @contextlib.contextmanager
@@ -109,7 +119,8 @@ def reading(what, problem='is damaged or not what it should be'):
     UserErrors pass as they are, and so does the want of a package, of memory or of room on the disk.
     """
     try:
-        yield
+        with warnings.catch_warnings(action='ignore'):  # what a library says of the file is said below
+            yield
     except Exception as error:  # of one broken file, many libraries have many
         while error.__cause__:
             error = error.__cause__

@@ -66,7 +66,7 @@ def written(path, flag='--out_dir'):
         in_words = re.search(r'[\w ]+(?= \(os error \d+\))', str(error))
         if isinstance(error, UserError) or not (isinstance(cause, OSError) or in_words):
             raise
-        reason = in_words[0].strip() if in_words else cause.strerror or cause
+        reason = in_words[0].strip() if in_words else cause.strerror or f'no room: {cause}'
         way_out = ('the folder was removed or renamed meanwhile' if isinstance(cause, FileNotFoundError) else
                    f'make room or name another {flag}; what was saved before, if anything, is whole')
         raise UserError(f'cannot write {path} ({reason}): {way_out}') from None
@@ -94,6 +94,8 @@ def write_whole(path, write):
 def staging(target):
     """Yields where to write what is to become `target`; it is gone afterwards, or after the next export."""
     stage = target.with_name(f'.{target.name}.unfinished')
+    if stage.is_symlink():
+        raise UserError(f'{stage} is a link to another folder: remove it')
     stage.mkdir(parents=True, exist_ok=True)
     with lock(stage, f'it exports to {target}, too'):
         try:

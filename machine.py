@@ -38,6 +38,8 @@ def limit_memory():
 
     with contextlib.suppress(OSError, TypeError, ValueError):  # where /proc and limits are others
         kilobytes = re.findall(r'(?:MemAvailable|SwapFree):\s+(\d+)', Path('/proc/meminfo').read_text())
+        if not kilobytes:
+            return
         limits = [Path(path).read_text() for path in LIMITS if Path(path).exists()]  # 'max': none
         free = min(1024 * sum(map(int, kilobytes)), *(int(text) for text in limits if text != 'max\n'), 2**62)
         here = int(Path('/proc/self/statm').read_text().split()[5]) * resource.getpagesize()

@@ -3,7 +3,6 @@
     python sample.py --out_dir out-quickstart
     python sample.py --start "One day, a dog" --num_samples 10 --temperature 0.8 > stories.txt
     python sample.py --start FILE:prompts.txt --one_per_line --num_samples 1 --temperature 0
-    python sample.py --num_samples 1 --min_new_tokens 9000 --max_new_tokens 10000 > stories.txt
     python sample.py --out_dir out-infill --first_sentence "Tim lost his hat." --last_sentence "Tim was glad."
 """
 
@@ -53,7 +52,7 @@ def check_settings():
     """Refuse what no sample can mean. Raises SettingError."""
     one_of(FILES, ckpt=ckpt)
     one_of(('auto', *DTYPES, 'int8'), dtype=dtype)
-    in_range(at_least=1, num_samples=num_samples, max_new_tokens=max_new_tokens)
+    in_range(at_least=1, at_most=10**8, num_samples=num_samples, max_new_tokens=max_new_tokens)
     in_range(at_least=1e-30 if temperature > 0 else 0, at_most=1e30, temperature=temperature)
     in_range(at_least=0, below=2**63, seed=seed)
     in_range(above=0, at_most=1, top_p=top_p)
@@ -117,8 +116,7 @@ def write_stories(model, tokenizer, begins, end, stream):
 
 
 def text_of(tokenizer, ids, end=''):
-    """The text of ids that begin with a delimiter, a line `---` for each other one, and what it is to end
-    with: a middle that was cut ends in a word."""
+    """The text of ids that begin with a delimiter, a line `---` for each other one, and then `end`."""
     starts = [i for i, token in enumerate(ids) if token == tokenizer.delimiter]
     text = '\n---\n'.join(tokenizer.decode(ids[i:j]) for i, j in pairwise([*starts, len(ids)]))
     return text + (' ' if end and not text[-1:].isspace() else '') + end
@@ -128,8 +126,7 @@ def print_growing(texts):
     """Print a text as it grows."""
     shown = ''
     for text in texts:
-        # a character whose last bytes are still to come
-        text = printable(text.rstrip('\N{REPLACEMENT CHARACTER}'))
+        text = text.rstrip('\N{REPLACEMENT CHARACTER}')  # a character whose last bytes are still to come
         print(text[len(shown):], end='', flush=True)
         shown = text
 
@@ -154,13 +151,13 @@ def main():
         raise UserError(f'{init_from or out_dir} has not learned to write middles: train on data of '
                         'data/tiny_stories/prepare.py --infill_rate 0.5, or continue a --start')
     stream = num_samples * len(begins) == 1 and sys.stdout.isatty()
-    stories = write_stories(model, tokenizer, begins, end, stream)
+    stories = map(printable if sys.stdout.isatty() else str,
+                  write_stories(model, tokenizer, begins, end, stream))
     try:
         if stream:
             print_growing(stories)
         else:
             for i, text in enumerate(stories):
-                text = printable(text) if sys.stdout.isatty() else text
                 tqdm.write(('---\n' if i else '') + text)  # above the bar
     except RuntimeError as error:
         if not (compile and isinstance(error, torch._dynamo.exc.TorchDynamoException)):

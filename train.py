@@ -33,7 +33,7 @@ from data.shards import SPLITS, Batches, Split, fingerprint
 from data.tokenizer import load_tokenizer
 from device import autocast, choose_device, choose_dtype, peak_flops, to_device
 from distributed import join_ranks, leave_ranks, lost_ranks_told, ranks, resume_command, watch_signals
-from errors import SettingError, UserError, out_of_memory, reading, run
+from errors import SettingError, UserError, out_of_memory, reading, run, script
 from evaluate import evaluate, infill_rows, score
 from formats import load_pretrained
 from machine import IdleCores, freeze_garbage, use_memory
@@ -103,8 +103,9 @@ def checkpoint_settings(settings):
 
 def check_settings():
     """Refuse what no run can mean. Raises SettingError."""
-    in_range(at_least=1, block_size=block_size, batch_size=batch_size, max_iters=max_iters,
-             gradient_accumulation_steps=gradient_accumulation_steps, log_interval=log_interval)
+    in_range(at_least=1, at_most=2**20, block_size=block_size, batch_size=batch_size,
+             gradient_accumulation_steps=gradient_accumulation_steps)
+    in_range(at_least=1, below=2**63, max_iters=max_iters, log_interval=log_interval)
     in_range(at_least=0, below=1e37, learning_rate=learning_rate, weight_decay=weight_decay,
              grad_clip=grad_clip, max_epochs=max_epochs)
     in_range(at_least=0, below=2**63, seed=seed, warmup_iters=warmup_iters, eval_iters=eval_iters,
@@ -194,6 +195,9 @@ def go_on(checkpoint, model, optimizers, scaler, data, n_iters):
     for opt, saved in zip(optimizers, checkpoint['optimizers'], strict=True):
         groups = opt.state_dict()['param_groups']  # rates and the like given for the rest of the run count
         opt.load_state_dict(saved | {'param_groups': groups})
+        for p, state in opt.state.items():
+            if any(value.shape not in (p.shape, ()) for value in state.values()):
+                raise ValueError(f'a state of an optimizer has another shape than its weight, {[*p.shape]}')
     return checkpoint['iter'], checkpoint['best_val_loss'], checkpoint.get('best_iter', checkpoint['iter'])
 
 
@@ -335,7 +339,7 @@ def main():
         # here, and in float16 above, the processor waits for a GPU
         loss, grad_norm, stopping = (figures / world_size).tolist()
         if not math.isfinite(loss) or not (math.isfinite(grad_norm) or scaler.get_scale() > 1):
-            raise ruined(it, f'the loss is {loss}, the gradient norm {grad_norm}')
+            raise ruined(it, f'the loss is {loss:.4g}, the gradient norm {grad_norm:.4g}')
         spent += time.perf_counter() - began
         it += 1
 
@@ -353,7 +357,7 @@ def main():
         print(f'stopped at step {it} and saved; go on with: {resume_command(out_dir)}', file=sys.stderr)
     elif master_process:
         print(f'done at step {it}/{n_iters}: best validation loss {best_val_loss:.4f} at step {best_iter}; '
-              f'write with: python sample.py --out_dir {shlex.quote(out_dir)}')
+              f"write with: python {script('sample.py')} --out_dir {shlex.quote(out_dir)}")
     leave_ranks()
     if stopping:
         raise SystemExit(128 + (caught[0] if caught else signal.SIGTERM))

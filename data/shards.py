@@ -44,6 +44,10 @@ class ShardWriter:
         return [shard | {'sha256': shard['sha256'].hexdigest()} for shard in self.shards]
 
 
+def is_count(value):
+    return isinstance(value, int) and 0 < value < 2**63
+
+
 def read_meta(folder):
     """The meta.json of a prepared folder, a dict. Raises UserError where there is none or it is damaged."""
     path = Path(folder) / 'meta.json'
@@ -55,12 +59,15 @@ def read_meta(folder):
             for shard in meta['splits'][split]['shards']:
                 if Path(shard['name']).name != shard['name']:
                     raise UserError(f"{path}: shard name {shard['name']!r} is not a plain file name")
-                if shard['tokens'] < 1 or not isinstance(shard['sha256'], str):
+                if not (is_count(shard['tokens']) and isinstance(shard['sha256'], str)):
                     raise ValueError(f"{shard['name']} has no tokens or no hash")
-            if meta['splits'][split]['bytes'] < 1:
+            if not is_count(meta['splits'][split]['bytes']):
                 raise ValueError(f'{split} has no text')
-        if not (isinstance(meta['encoding'], str) and isinstance(meta['vocab_size'], int)):
-            raise ValueError('encoding or vocab_size')
+        ids = [meta[name] for name in ('delimiter', 'blank', 'middle') if name in meta]
+        if not (isinstance(meta['encoding'], str) and all(map(is_count, (meta['vocab_size'], *ids)))):
+            raise ValueError('encoding, vocab_size or a special id')
+        if not 0 <= meta.get('infill_rate', 0) <= 1:
+            raise ValueError(f"infill_rate {meta['infill_rate']}")
     return meta
 
 

@@ -99,7 +99,9 @@ def named(weights, names):
     """Those of `weights` whose names consist of what `names` maps, by their new names."""
     out = {}
     for name, w in weights.items():
-        blocks, layer, stem, kind = re.fullmatch(r'(?:(.*?)\.(\d+)\.)?(.*)\.(.*)', name).groups()
+        if not (parts := re.fullmatch(r'(?:(.*?)\.(\d+)\.)?(.*)\.(.*)', name)):
+            raise ValueError(f'it has a weight {name!r}, as no model of ours')
+        blocks, layer, stem, kind = parts.groups()
         if stem in names and (layer is None or blocks in names):
             out[(f'{names[blocks]}.{layer}.' if layer else '') + f'{names[stem]}.{kind}'] = w
     return out

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from errors import SettingError, UserError, reading, run, until_run
+from errors import SettingError, UserError, reading, run, script, until_run
 from tests.tiny import ROOT
 
 
@@ -144,13 +145,21 @@ def test_ctrl_c_is_what_it_was_before_and_after(ignored):
     assert within == [signal.SIG_IGN if ignored == signal.SIG_IGN else signal.default_int_handler]
 
 
+def test_a_printed_command_runs_from_where_one_is(tmp_path, monkeypatch):
+    assert script('train.py') == 'train.py'
+    (tmp_path / "a b's").mkdir()
+    monkeypatch.chdir(tmp_path / "a b's")
+    assert os.path.samefile(shlex.split(script('data/tiny_stories/prepare.py'))[0],
+                            ROOT / 'data/tiny_stories/prepare.py')
+
+
 def test_a_message_obeys_no_escape_code(capsys):
     def main():
-        raise UserError('a\x1b[2Jb\x9bc')
+        raise UserError('a\x1b[2Jb\x9bc\ud800')
 
     with pytest.raises(SystemExit):
         run(main)
-    assert capsys.readouterr().err.endswith(': a\ufffd[2Jb\ufffdc\n')
+    assert capsys.readouterr().err.endswith(': a\ufffd[2Jb\ufffdc\ufffd\n')
 
 
 @pytest.mark.parametrize('times', [0, 1, 2])  # that libraries have wrapped it in errors of their own

@@ -24,6 +24,7 @@ def test_a_rotation_turns_each_pair_and_its_gradient_turns_back():
     angle = torch.randn(5, 1, 3, dtype=torch.double)
     cos, sin = (torch.cat(pair, -1) for pair in ((angle.cos(),) * 2, (-angle.sin(), angle.sin())))
     x = torch.randn(2, 5, 4, 6, dtype=torch.double)
-    turned = torch.view_as_complex(torch.stack(x.chunk(2, -1), -1)) * torch.polar(torch.ones_like(angle), angle)
+    turns = torch.polar(torch.ones_like(angle), angle)
+    turned = torch.view_as_complex(torch.stack(x.chunk(2, -1), -1)) * turns
     torch.testing.assert_close(rotate(x, cos, sin), torch.cat((turned.real, turned.imag), -1))
     assert torch.autograd.gradcheck(rotate, (x.requires_grad_(), cos, sin))

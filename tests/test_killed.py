@@ -5,6 +5,7 @@ import shlex
 from signal import SIG_IGN, SIGHUP, SIGINT, SIGTERM, getsignal, signal
 
 import pytest
+import torch
 
 import train
 from checkpoint import load_checkpoint
@@ -105,6 +106,19 @@ def test_a_run_that_diverged_goes_on_as_it_says(start, tmp_path, flags):
     start(*(f'{key}={value}' for key, value in zip(words[2::2], words[3::2], strict=True)), '--max_iters=20')
     losses = [line['val_loss'] for line in metrics(tmp_path / 'out') if 'val_loss' in line]
     assert load_checkpoint(last)['iter'] == 20 and losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize('harm', [
+    {'momentum_buffer': torch.zeros(3, 3)}, {'momentum_buffer': 'x'}, 7], ids=str)
+def test_a_state_that_is_not_that_of_its_weight_is_refused(start, tmp_path, harm):
+    start()
+    path = tmp_path / 'out' / 'ckpt.pt'
+    checkpoint = load_checkpoint(path)
+    checkpoint['optimizers'][0]['state'][0] = harm
+    path.unlink()  # its tensors are mapped
+    torch.save(checkpoint, path)
+    with pytest.raises(UserError, match=r'ckpt\.pt is damaged or not what it should be'):
+        start('--init_from=resume')
 
 
 def test_killed_at_random_moments(monkeypatch, capsys):

@@ -1,5 +1,6 @@
 """Tables of mistakes: each has its exit status, one line that names thing and remedy, and writes nothing."""
 
+import math
 import os
 import runpy
 import shlex
@@ -59,7 +60,8 @@ def reverse():
 
 # Values that are refused, by the settings' own names, before anything is read
 REFUSED = {
-    TRAIN: 'n_layer=0 batch_size=0 gradient_accumulation_steps=0 max_iters=0 eval_interval=-1 log_interval=0 '
+    TRAIN: 'n_layer=0 batch_size=0 batch_size=2000000 '
+           'gradient_accumulation_steps=0 max_iters=0 eval_interval=-1 log_interval=0 '
            'learning_rate=-1 warmup_iters=-1 weight_decay=-1 grad_clip=-1 eval_iters=-1 seed=-1 beta1=1 '
            'beta2=1 block_size=0 optimizer=sgd compile=yes device=tpu device=cuda:9 dtype=int8',
     SAMPLE: 'ckpt=old num_samples=0 max_new_tokens=0 temperature=-1 top_k=-1 seed=-1 top_p=0 top_p=2',
@@ -82,6 +84,10 @@ TABLE += [  # (script, its words, exit status, what its line holds, *what is mad
     (TRAIN, '--init_from resume --out_dir out', 1, 'out/ckpt.pt --out_dir'),
     (TRAIN, '--init_from resume --out_dir out --n_embd 64', 2, 'n_embd 64 16 --out_dir', trained()),
     (TRAIN, '--init_from resume --out_dir out', 2, 'data fingerprint --out_dir', trained(fingerprint='0')),
+    *((TRAIN, '--init_from resume --out_dir out', 1, name, trained(**{name: value})) for name, value in (
+        ('best_val_loss', None), ('best_val_loss', math.nan), ('settings', [1]), ('iter', -7), ('iter', 1.5),
+        ('fingerprint', 3), ('optimizers', {}), ('scaler', 'x'), ('infill_rate', 'x'))),
+    (SAMPLE, '', 1, 'real numbers', trained(model={'embedding.weight': torch.ones(2, 2, dtype=torch.int8)})),
     (SAMPLE, '', 1, 'out/best.pt train --out_dir'),
     (SAMPLE, '--ckpt last', 1, 'out/ckpt.pt train --out_dir'),
     (SAMPLE, '', 1, 'config n_layers', trained(config={'n_layers': 2})),

@@ -235,7 +235,8 @@ def test_as_a_user_with_any_number_of_workers(tmp_path):
     for n in 1, 2:
         done = script(PREPARE, '--source', source, '--out_dir', out, '--num_proc', n, '--offline', cwd='/')
         assert done.err == '' and 'stories: 2,000 for' in done.out and 'MB/s' in done.out
-        assert done.out.splitlines()[-1] == f'next: python train.py --dataset {out}'
+        train = os.path.relpath(ROOT / 'train.py', '/')
+        assert done.out.splitlines()[-1] == f'next: python {train} --dataset {out}'
         assert np.array_equal(np.fromfile(out / 'train_00000.bin', '<u2'), expected)
 
 

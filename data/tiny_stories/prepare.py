@@ -32,7 +32,7 @@ from data.streams import token_files, write_streams
 from data.tiny_stories import sample_stories
 from data.tokenizer import BPETokenizer, CharTokenizer, characters
 from data.vocabularies import load_gpt2
-from errors import SettingError, UserError, be_a_worker, run
+from errors import SettingError, UserError, be_a_worker, run, script
 from files import replacing
 from formats import open_tokenizer
 
@@ -242,7 +242,7 @@ def main():
     print(f'text: {size / 1e6:.1f} MB in {seconds:.1f} s, {size / 1e6 / seconds:.1f} MB/s')
     recipe = '_'.join(['quickstart'] * (source == 'sample') + ['infill'] * (infill_rate > 0))
     dataset = f' --dataset {shlex.quote(out_dir)}' if out_dir else ''
-    print(f"next: python train.py{recipe and f' config/{recipe}.py'}{dataset}")
+    print('next: python', script('train.py') + (recipe and f" {script(f'config/{recipe}.py')}") + dataset)
 
 
 if __name__ == '__main__':
