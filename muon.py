@@ -21,20 +21,16 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            for shape in dict.fromkeys(p.shape for p in group['params']):
-                self.update([p for p in group['params'] if p.shape == shape], group['lr'],
-                            group['weight_decay'], group['momentum'])
-
-    def update(self, params, lr, weight_decay, momentum):
-        """One step of matrices of one shape."""
-        buffers = [self.state[p].setdefault('momentum_buffer', torch.zeros_like(p)) for p in params]
-        grads = torch.stack([p.grad for p in params])
-        mean = torch.stack(buffers).lerp_(grads, 1 - momentum)
-        torch._foreach_copy_(buffers, mean.unbind())
-        steps = in_shares(grads.lerp_(mean, momentum))  # Nesterov's: a step ahead
-        rows, columns = params[0].shape
-        torch._foreach_mul_(params, 1 - lr * weight_decay)
-        torch._foreach_add_(params, steps.unbind(), alpha=-lr * max(1, rows / columns) ** 0.5)
+            lr, momentum = group['lr'], group['momentum']
+            for rows, columns in dict.fromkeys(p.shape for p in group['params']):
+                params = [p for p in group['params'] if p.shape == (rows, columns)]
+                buffers = [self.state[p].setdefault('momentum_buffer', torch.zeros_like(p)) for p in params]
+                grads = torch.stack([p.grad for p in params])
+                mean = torch.stack(buffers).lerp_(grads, 1 - momentum)
+                torch._foreach_copy_(buffers, mean.unbind())
+                steps = in_shares(grads.lerp_(mean, momentum))  # Nesterov's: a step ahead
+                torch._foreach_mul_(params, 1 - lr * group['weight_decay'])
+                torch._foreach_add_(params, steps.unbind(), alpha=-lr * max(1, rows / columns) ** 0.5)
 
 
 def in_shares(stack):
@@ -51,10 +47,9 @@ def in_shares(stack):
 
 
 def orthogonalised(stack):
-    """For each matrix of a stack (n, rows, columns) one with nearly the same singular vectors, the singular
-    values near 1 (0.7 to 1.2): five steps of Newton-Schulz, in bfloat16 as those of torch.optim.Muon."""
-    stack = stack / stack.norm(dim=-1, keepdim=True).clamp(min=1e-30)  # Chen et al. 2026, MuonEq-R
-    x = stack.bfloat16()
+    """Each matrix of a stack (n, rows, columns) with rows of one norm (MuonEq-R) and then singular values
+    near 1 (0.7 to 1.2): by five steps of Newton-Schulz, in bfloat16 as those of torch.optim.Muon."""
+    x = (stack / stack.norm(dim=-1, keepdim=True).clamp(min=1e-30)).bfloat16()
     x = x.mT if x.size(1) > x.size(2) else x
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     a, b, c = NEWTON_SCHULZ
