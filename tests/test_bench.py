@@ -81,7 +81,9 @@ def test_the_ratio_of_times_counts_if_ours_reaches_the_target(given, tmp_path, l
           script=lambda *_, **__: '', train_script=trained, run_nanogpt=lambda *_: (24.0, 1.88))
     figures = bench.time_to_loss()
     assert (figures['seconds'], figures['losses'], figures['ratio']) == ([24, 6, 6], [1.88, *losses], ratio)
-    assert [(call['max_iters'], call.get('learning_rate')) for call in calls] == [(165, 0.03), (660, None)]
+    steps = bench._RECIPES['cpu'][2]
+    assert [(call['max_iters'], call.get('learning_rate')) for call in calls] == [
+        (steps, 0.03), (4 * steps, None)]
 
 
 def test_sides_take_turns_and_our_fastest_counts(given, tmp_path, capsys):
