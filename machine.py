@@ -76,7 +76,7 @@ class IdleCores:
         return time.monotonic(), ticks / os.sysconf('SC_CLK_TCK'), time.process_time()
 
     def __call__(self):
-        if self.before and time.monotonic() - self.before[0] > 0.25:
+        if self.before and time.monotonic() - self.before[0] > 0.5:
             now = self.times()
             passed, busy, own = (after - before for after, before in zip(now, self.before, strict=True))
             others = max(0, math.ceil((busy - own) / passed - 0.25))  # beside us they get less than they want

@@ -44,7 +44,7 @@ def test_others_have_the_cores_that_they_keep_busy(monkeypatch, busy, own, threa
     give_way = IdleCores()
     give_way()
     assert not asked
-    for passed in 0.5, 2.0:
+    for passed in 0.6, 2.0:
         now[:] = now[0] + passed, now[1] + busy * passed, now[2] + own * passed
         give_way()
         give_way()
