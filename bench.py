@@ -3,10 +3,12 @@
     python bench.py --what time_to_loss --peer ../nanoGPT --text tiny_shakespeare.txt
     python bench.py --what train --peer ../llama2.c
     python bench.py --what sample --peer ../llama2.c --json sample.json
+    python bench.py --what sample --peer llama.cpp
     python bench.py --what encodings --text stories.jsonl
 
-A peer is a checkout of nanoGPT or llama2.c, which stays as it is. Figures are medians; a ratio above 1 says
-that ours is faster. `encodings` has no peer: it is char, bpe and gpt2. Let nothing else run meanwhile.
+A peer is a checkout of nanoGPT or llama2.c, which stays as it is, or llama.cpp, the package xllamacpp.
+Figures are medians; a ratio above 1 says that ours is faster. `encodings` has no peer: it is char, bpe and
+gpt2. Let nothing else run meanwhile.
 """
 
 import sys
@@ -17,37 +19,40 @@ if __name__ == '__main__':  # the imports below take seconds
     import errors
     errors.until_run()  # Ctrl-C
 
-import contextlib
-import importlib.util
-import io
 import json as json_format
-import re
 import shutil
-import subprocess
 import tempfile
-import time
-from dataclasses import asdict
 from functools import partial
 from statistics import median
 
 import numpy as np
 import torch
-from torch.nn.attention import sdpa_kernel
 
 from checkpoint import load_checkpoint, load_model
 from configurator import configure, in_range, one_of
 from data.shards import read_meta
-from data.tokenizer import CharTokenizer
-from device import DTYPES, autocast, choose_device, choose_dtype
-from errors import SettingError, UserError, run
-from formats.llama2c import Llama2c
-from generate import KERNELS, generate
+from device import DTYPES, choose_device, choose_dtype
+from errors import SettingError, run
+from generate import generate
 from machine import use_memory
 from model import GPT, GPTConfig
+from peers import (
+    SIZES,
+    llama2c_writes,
+    llamacpp_writes,
+    made_up_characters,
+    nanogpt_writes,
+    peer_kind,
+    script,
+    seconds_of,
+    seconds_of_steps,
+    train_nanogpt,
+    training_rate,
+)
 from quantize import to_int8
 
 what = ''  # time_to_loss, train, sample or encodings
-peer = ''  # path of a checkout of nanoGPT or llama2.c; '': our figures alone
+peer = ''  # path of a checkout of nanoGPT or llama2.c, or llama.cpp; '': our figures alone
 text = ''  # path of the text or stories: tiny Shakespeare for time_to_loss; '' for encodings: built in
 json = ''  # file to write the figures to, with the key `ratio` where a peer is compared
 repeats = 3  # rounds, each side once a round
@@ -58,12 +63,10 @@ seconds = 60.0  # of training, of each side of encodings
 picture = 'encodings.png'  # file to draw encodings to; '': none
 device = 'auto'  # auto, cpu or cuda
 
-_HERE = Path(__file__).resolve().parent
-_SIZES = 'n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size'
 _SHAPES = {
-    '15M': dict(zip(_SIZES, (6, 6, 288, 256, 4096), strict=True)),
-    '110M': dict(zip(_SIZES, (12, 12, 768, 1024, 32000), strict=True)),
-    '124M': dict(zip(_SIZES, (12, 12, 768, 1024, 50259), strict=True)) | {
+    '15M': dict(zip(SIZES, (6, 6, 288, 256, 4096), strict=True)),
+    '110M': dict(zip(SIZES, (12, 12, 768, 1024, 32000), strict=True)),
+    '124M': dict(zip(SIZES, (12, 12, 768, 1024, 50259), strict=True)) | {
         'norm': 'layer', 'position': 'learned', 'mlp': 'gelu', 'bias': True},
 }
 _SMALL = {'n_layer': 4, 'n_head': 4, 'n_embd': 128, 'block_size': 64, 'device': 'cpu'}
@@ -84,20 +87,6 @@ _VOCAB_SIZE, _TOKENS = 32000, 256  # in `sample`: as llama2.c's models have; wri
 
 # for all of them ------------------------------------------------------------------
 
-def command(*words, cwd=_HERE):
-    """What a program prints. Raises UserError, with the last line of its stderr, where it fails."""
-    done = subprocess.run([*map(str, words)], cwd=cwd, capture_output=True, text=True, errors='replace')
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ['no message'])[-1]
-        raise UserError(f"{' '.join(map(str, words[:3]))} failed with status {done.returncode}: {reason}")
-    return done.stdout + done.stderr
-
-
-def script(*words, cwd=_HERE, **flags):
-    """What a Python script prints, run with these flags."""
-    return command(sys.executable, *words, *(f'--{name}={value}' for name, value in flags.items()), cwd=cwd)
-
-
 def prepare(source, folder, **values):
     script('data/tiny_stories/prepare.py', source=source, out_dir=folder, **values)
 
@@ -106,13 +95,6 @@ def train_script(folder, **values):
     """The records of metrics.jsonl of our train.py, run on the data in `folder`."""
     script('train.py', dataset=folder, out_dir=folder / 'run', overwrite=True, log_interval=1, **values)
     return [*map(json_format.loads, (folder / 'run' / 'metrics.jsonl').read_text().splitlines())]
-
-
-def seconds_of(work):
-    """How long work() takes."""
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
 
 
 def in_turn(sides, unit):
@@ -124,64 +106,7 @@ def in_turn(sides, unit):
     return {name: median(values) for name, values in figures.items()}
 
 
-def peer_kind():
-    """'nanoGPT', 'llama2.c' or ''. Raises SettingError where `peer` is no checkout of either."""
-    marks = {'llama2.c': 'run.c', 'nanoGPT': 'config/train_shakespeare_char.py'}
-    kinds = [kind for kind, file in marks.items() if peer and Path(peer, file).is_file()]
-    if peer and not kinds:
-        raise SettingError(f'peer {peer!r} is no checkout of nanoGPT or llama2.c')
-    return ''.join(kinds)
-
-
-def peer_model(**sizes):
-    """The peer's model with random weights, of the sizes that GPTConfig names."""
-    spec = importlib.util.spec_from_file_location('peer_model', Path(peer) / 'model.py')
-    module = sys.modules['peer_model'] = importlib.util.module_from_spec(spec)  # its dataclass looks there
-    sys.dont_write_bytecode = True  # into the checkout
-    spec.loader.exec_module(module)
-    with contextlib.redirect_stdout(io.StringIO()):
-        if peer_kind() == 'nanoGPT':
-            return module.GPT(module.GPTConfig(**sizes, dropout=0.0, bias=False))
-        theirs = {'n_embd': 'dim', 'n_layer': 'n_layers', 'n_head': 'n_heads', 'block_size': 'max_seq_len'}
-        return module.Transformer(module.ModelArgs(
-            multiple_of=32, **{theirs.get(name, name): size for name, size in sizes.items()}))
-
-
-def made_up_characters(vocab_size):
-    """As many as make a char vocabulary of that size: 259 ids are others, and ' ', <blank> and <middle>."""
-    return [chr(0x10000 + i) for i in range(vocab_size - 262)]
-
-
 # time to a loss -------------------------------------------------------------------
-
-def seconds_of_steps(times, n, evaluated=()):
-    """The time of the first n steps, where the median stands in for step 0, in which a model may compile, and
-    for those that evaluate."""
-    return sum(median(times) if i in {0, *evaluated} else t for i, t in enumerate(times[:n]))
-
-
-@torch.no_grad()
-def nanogpt_loss(model, ids, block_size):
-    """Nats a character over the whole windows of the validation text, which our train.py takes too."""
-    n = (len(ids) - 1) // block_size * block_size
-    x, y = (torch.from_numpy(ids[i:i + n].astype(np.int64)).view(-1, block_size) for i in (0, 1))
-    losses = [model(*part)[1].item() * len(part[0]) for part in zip(x.split(64), y.split(64), strict=True)]
-    return sum(losses) / len(x)
-
-
-def run_nanogpt(checkout, val_ids, values):
-    """Train nanoGPT: (seconds to the step of its checkpoint, the loss of that)."""
-    words = 'train.py', 'config/train_shakespeare_char.py', '--out_dir=out-bench'
-    printed = script(*words, cwd=checkout, **values)
-    times = [float(ms) / 1000 for ms in re.findall(r'^iter \d+: .*time ([\d.]+)ms', printed, re.M)]
-    evaluated = [int(step) for step in re.findall(r'^step (\d+): ', printed, re.M)]
-    saved = torch.load(checkout / 'out-bench' / 'ckpt.pt', weights_only=True)
-    sizes = {name: size for name, size in saved['model_args'].items() if name in _SIZES}
-    model = peer_model(**sizes).eval()
-    model.load_state_dict({name.removeprefix('_orig_mod.'): w for name, w in saved['model'].items()})
-    seconds = seconds_of_steps(times, saved['iter_num'], evaluated)
-    return seconds, nanogpt_loss(model, val_ids, sizes['block_size'])
-
 
 def run_ours(folder, values, **more):
     """Train ours: (seconds, loss over the whole validation text)."""
@@ -203,7 +128,7 @@ def time_to_loss():
         val_ids = np.fromfile(data / 'val.bin', np.uint16)
         prepare(Path(text).resolve(), prepared, encoding_type='char', offline=True)
         for seed in range(repeats):
-            theirs = run_nanogpt(checkout, val_ids, nanogpt)
+            theirs = train_nanogpt(checkout, val_ids, nanogpt)
             short = run_ours(prepared, ours | changed, max_iters=to_target, seed=seed)
             long = run_ours(prepared, ours, max_iters=int(to_target * theirs[0] / short[0]), seed=seed)
             rounds.append((theirs, short, long))
@@ -225,28 +150,6 @@ def our_rate(folder, torch_device):
     return median([record['tokens_per_s'] for record in records if 'tokens_per_s' in record][2:])
 
 
-def peer_rate(torch_device, ptdtype):
-    """Tokens/s of the peer's training step, its data in memory already; compiled on a GPU, its default."""
-    sizes = {name: _SHAPES[shape][name] for name in _SIZES}
-    model = peer_model(**sizes).to(torch_device)
-    with contextlib.redirect_stdout(io.StringIO()):
-        optimizer = model.configure_optimizers(0.1, 5e-4, (0.9, 0.95), torch_device.type)
-    compiled_model = torch.compile(model) if torch_device.type == 'cuda' else model
-    x, y = torch.randint(sizes['vocab_size'], (2, batch_size, sizes['block_size']), device=torch_device)
-
-    def step():
-        with autocast(torch_device, ptdtype):
-            result = compiled_model(x, y)
-            loss = model.last_loss if peer_kind() == 'llama2.c' else result[1]
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        loss.item()
-
-    return x.numel() / median([seconds_of(step) for _ in range(steps + 2)][2:])
-
-
 def train():
     torch_device = choose_device(device)
     on_gpu = torch_device.type == 'cuda'
@@ -257,8 +160,10 @@ def train():
         source.write_text(''.join(np.random.default_rng(0).choice(characters, 2_000_000)), 'utf-8')
         prepare(source, prepared, encoding_type='char', offline=True)
         sides = {'ours': partial(our_rate, prepared, torch_device)}
+        sizes = {name: _SHAPES[shape][name] for name in SIZES}
         for ptdtype in dtypes if peer else ():
-            sides[f'{peer_kind()}, {str(ptdtype)[6:]}'] = partial(peer_rate, torch_device, ptdtype)
+            sides[f'{peer_kind(peer)}, {str(ptdtype)[6:]}'] = partial(
+                training_rate, peer, sizes, batch_size, steps, torch_device, ptdtype)
         rates = in_turn(sides, 'tokens/s')
     ours, *theirs = rates.values()
     ratios = zip(('ratio', 'ratio_bfloat16'), (ours / rate for rate in theirs), strict=False)
@@ -267,54 +172,54 @@ def train():
 
 # writing --------------------------------------------------------------------------
 
-def our_writing_rate(dtype):
+def random_model():
+    """The same each time."""
+    torch.manual_seed(0)
+    return GPT(GPTConfig(**_SHAPES[shape] | {'vocab_size': _VOCAB_SIZE})).eval()
+
+
+def we_write(dtype, **drawing):
     """Tokens/s, once it has written some; on a GPU, which is there for many stories, of 32, compiled."""
     torch_device = choose_device(device)
     on_gpu = torch_device.type == 'cuda'
-    model = GPT(GPTConfig(**_SHAPES[shape] | {'vocab_size': _VOCAB_SIZE})).eval()
-    model = to_int8(model) if dtype == 'int8' else model.to(torch_device, DTYPES[dtype])
+    model = to_int8(random_model()) if dtype == 'int8' else random_model().to(torch_device, DTYPES[dtype])
     prompt = torch.ones(32 if on_gpu else 1, 1, dtype=torch.long, device=torch_device)
 
     def write():  # as sample.py does: with tolist() a GPU has done its work
-        return [tokens.tolist() for tokens in generate(model, prompt, _TOKENS, compile=on_gpu)]
+        return [tokens.tolist() for tokens in generate(model, prompt, _TOKENS, compile=on_gpu, **drawing)]
 
     write()
     return prompt.numel() * _TOKENS / seconds_of(write)
 
 
-def nanogpt_writing_rate():
-    """The same of nanoGPT's generate, which writes one story; on a GPU in bfloat16, its default there."""
-    torch_device = choose_device(device)
-    model = peer_model(**{name: _SHAPES[shape][name] for name in _SIZES} | {'vocab_size': _VOCAB_SIZE})
-    model = model.eval().to(torch_device)
-    prompt = torch.ones(1, 1, dtype=torch.long, device=torch_device)
-    ptdtype = torch.bfloat16 if torch_device.type == 'cuda' else torch.float32
-    with autocast(torch_device, ptdtype), sdpa_kernel(KERNELS):
-        return _TOKENS / seconds_of(lambda: model.generate(prompt, _TOKENS, 0.8, 200).tolist())
-
-
-def llama2c_writing_rate(folder):
-    """What llama2.c's `run` says of itself; compiled when there is none in `folder`."""
-    if not (folder / 'run').exists():
-        make_runomp = 'gcc', '-Ofast', '-march=native', '-fopenmp'
-        command(*make_runomp, Path(peer) / 'run.c', '-lm', '-o', folder / 'run')
-        model = GPT(GPTConfig(**_SHAPES[shape] | {'vocab_size': _VOCAB_SIZE}))
-        checkpoint = {'config': asdict(model.config), 'model': model.state_dict()}
-        Llama2c().write(folder, checkpoint, CharTokenizer.train(made_up_characters(_VOCAB_SIZE)))
-    words = '-z', folder / 'tokenizer.bin', '-t', '1', '-p', '1', '-s', '1', '-n', _TOKENS
-    return float(re.search(r'tok/s: ([\d.]+)', command(folder / 'run', folder / 'model.bin', *words))[1])
-
-
 def sample():
-    torch_device = choose_device(device)
+    torch_device, kind = choose_device(device), peer_kind(peer)
     use_memory(torch_device)  # as sample.py does
     dtypes = ['bfloat16'] if torch_device.type == 'cuda' else ['float32', 'bfloat16', 'int8']
     with tempfile.TemporaryDirectory() as folder:
-        sides = {dtype: partial(our_writing_rate, dtype) for dtype in dtypes}
-        peers = {'nanoGPT': nanogpt_writing_rate, 'llama2.c': partial(llama2c_writing_rate, Path(folder))}
-        rates = in_turn(sides | ({peer_kind(): peers[peer_kind()]} if peer else {}), 'tokens/s')
-    ratio = {'ratio': max(rates[dtype] for dtype in dtypes) / rates[peer_kind()]} if peer else {}
+        if kind == 'llama.cpp':
+            return beside_llamacpp(Path(folder))
+        sides = {dtype: partial(we_write, dtype) for dtype in dtypes}
+        if kind == 'nanoGPT':
+            sizes = {name: _SHAPES[shape][name] for name in SIZES} | {'vocab_size': _VOCAB_SIZE}
+            sides[kind] = partial(nanogpt_writes, peer, sizes, _TOKENS, torch_device)
+        elif kind:
+            sides[kind] = partial(llama2c_writes, peer, Path(folder), random_model(), _TOKENS)
+        rates = in_turn(sides, 'tokens/s')
+    ratio = {'ratio': max(rates[dtype] for dtype in dtypes) / rates[kind]} if kind else {}
     return {'tokens_per_s': rates} | ratio
+
+
+def beside_llamacpp(folder):
+    """The same weights in 8 bits on both sides, drawn from the 40 likeliest tokens, then greedy."""
+    sides = {}
+    for name, temperature, top_k in ('top_k 40', 0.8, 40), ('greedy', 0.0, 0):
+        sides[f'int8, {name}'] = partial(we_write, 'int8', temperature=temperature, top_k=top_k)
+        sides[f'llama.cpp, {name}'] = partial(llamacpp_writes, folder, random_model(), _TOKENS, temperature,
+                                              top_k)
+    rates = in_turn(sides, 'tokens/s')
+    ours, theirs, ours_greedy, theirs_greedy = rates.values()
+    return {'tokens_per_s': rates, 'ratio': ours / theirs, 'ratio_greedy': ours_greedy / theirs_greedy}
 
 
 # encodings ------------------------------------------------------------------------
@@ -374,8 +279,14 @@ def main():
     one_of(('time_to_loss', 'train', 'sample', 'encodings'), what=what)
     one_of(_SHAPES, shape=shape)
     in_range(at_least=1, repeats=repeats, batch_size=batch_size, steps=steps, seconds=seconds)
-    if (peer_kind() != 'nanoGPT' or not text) and what == 'time_to_loss':
+    kind = peer_kind(peer)
+    if what == 'time_to_loss' and (kind != 'nanoGPT' or not text):
         raise SettingError('time_to_loss takes --text tiny_shakespeare.txt and --peer, a checkout of nanoGPT')
+    if kind == 'llama.cpp' and (what != 'sample' or choose_device(device).type != 'cpu'):
+        raise SettingError('llama.cpp is a peer of --what sample with --device cpu alone')
+    if kind == 'llama.cpp':
+        import gguf  # noqa: F401
+        import xllamacpp  # noqa: F401, told before the others write
     if what == 'encodings' and picture:
         from matplotlib import figure  # noqa: F401, told before all the training
         if Path(picture).suffix not in ('.png', '.svg', '.pdf') or not Path(picture).parent.is_dir():

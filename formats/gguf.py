@@ -58,16 +58,19 @@ class GGUF(base.Format):
         file.write_tensors_to_file()
         file.close()
 
-    def read(self, path):
-        """llama.cpp computes in float32 here, and without approximations."""
+    def read(self, path, exact=True):
+        """exact: llama.cpp computes in float32 and without approximations."""
         import xllamacpp
         params = xllamacpp.CommonParams()
         params.model.path = str(path)
         params.n_gpu_layers = params.n_ctx = 0  # the context is the model's
         params.n_parallel, params.verbosity, params.warmup, params.ui = 1, -1, False, False
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
-        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        flash = xllamacpp.llama_flash_attn_type
+        params.flash_attn_type = flash.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        if exact:
+            params.flash_attn_type = flash.LLAMA_FLASH_ATTN_TYPE_DISABLED
+            params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         self.server = xllamacpp.Server(params)
         ids = self.encode('a')
         self.plain, self.prefix = ids[-1], ''

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import bench
+import peers
 from data.tokenizer import load_tokenizer
-from errors import UserError
+from errors import SettingError, UserError
 from model import GPT, GPTConfig
 from tests.test_bundle import keep_gpt2
 from tests.test_formats import needs_all
@@ -35,8 +36,15 @@ class GPT(torch.nn.Embedding):
 
 @pytest.fixture
 def given(monkeypatch):
-    """given(name=value) sets settings and functions of bench.py."""
-    return lambda **values: [monkeypatch.setattr(bench, key, value) for key, value in values.items()]
+    """given(name=value) sets settings and functions of bench.py and of peers.py."""
+    def given(**values):
+        for key, value in values.items():
+            places = [module for module in (bench, peers) if hasattr(module, key)]
+            assert places, key
+            for module in places:
+                monkeypatch.setattr(module, key, value)
+
+    return given
 
 
 def test_nanogpt_s_seconds_and_loss_are_those_of_its_checkpoint(given, tmp_path):
@@ -48,20 +56,20 @@ def test_nanogpt_s_seconds_and_loss_are_those_of_its_checkpoint(given, tmp_path)
     # in the place of 9 and 8 seconds the median of all five
     model = torch.nn.Linear(2, 3)
     (tmp_path / 'out-bench').mkdir()
-    given(script=lambda *_, **__: printed, peer_model=lambda **sizes: model,
+    given(script=lambda *_, **__: printed, peer_model=lambda peer, **sizes: model,
           nanogpt_loss=lambda model, ids, size: (model.weight.sum().item(), ids, size))
     for steps, seconds in (5, 0.024 + 0.02 + 0.024 + 0.022 + 0.024), (2, 0.024 + 0.02):
         torch.save({'model': {'_orig_mod.weight': torch.ones(3, 2), '_orig_mod.bias': torch.ones(3)},
                     'model_args': {'block_size': 8, 'bias': False}, 'iter_num': steps},
                    tmp_path / 'out-bench/ckpt.pt')
-        assert bench.run_nanogpt(tmp_path, 'ids', {}) == (pytest.approx(seconds), (6, 'ids', 8))
+        assert peers.train_nanogpt(tmp_path, 'ids', {}) == (pytest.approx(seconds), (6, 'ids', 8))
 
 
 def test_the_loss_of_nanogpt_is_the_mean_over_all_windows():
     torch.manual_seed(0)
     table, ids = torch.randn(10, 10).log_softmax(-1), np.random.default_rng(0).integers(0, 10, 1000)
     losses = [-table[ids[i], ids[i + 1]].item() for i in range(999 // 8 * 8)]
-    found = bench.nanogpt_loss(lambda x, y: (None, -table[x, y].mean()), ids.astype(np.uint16), 8)
+    found = peers.nanogpt_loss(lambda x, y: (None, -table[x, y].mean()), ids.astype(np.uint16), 8)
     assert found == pytest.approx(np.mean(losses))
 
 
@@ -78,7 +86,7 @@ def test_the_ratio_of_times_counts_if_ours_reaches_the_target(given, tmp_path, l
         return [*steps, {'val_loss': losses[len(calls) - 1]}]
 
     given(peer=str(tmp_path), text=__file__, device='cpu', repeats=1,
-          script=lambda *_, **__: '', train_script=trained, run_nanogpt=lambda *_: (24.0, 1.88))
+          script=lambda *_, **__: '', train_script=trained, train_nanogpt=lambda *_: (24.0, 1.88))
     figures = bench.time_to_loss()
     assert (figures['seconds'], figures['losses'], figures['ratio']) == ([24, 6, 6], [1.88, *losses], ratio)
     steps = bench._RECIPES['cpu'][2]
@@ -89,11 +97,24 @@ def test_the_ratio_of_times_counts_if_ours_reaches_the_target(given, tmp_path, l
 def test_sides_take_turns_and_our_fastest_counts(given, tmp_path, capsys):
     (tmp_path / 'run.c').touch()
     rates = iter(range(12))  # three rounds of four
-    given(peer=str(tmp_path), device='cpu', repeats=3, our_writing_rate=lambda dtype: next(rates),
-          llama2c_writing_rate=lambda folder: next(rates))
+    given(peer=str(tmp_path), device='cpu', repeats=3, we_write=lambda dtype: next(rates),
+          llama2c_writes=lambda peer, folder, model, n_tokens: next(rates))
     medians = {'float32': 4, 'bfloat16': 5, 'int8': 6, 'llama2.c': 7}
     assert bench.sample() == {'tokens_per_s': medians, 'ratio': 6 / 7}
     assert '4 tokens/s  (0 to 8)' in capsys.readouterr().out
+
+
+@needs_all
+def test_llama_cpp_writes_the_same_model_in_turn_with_us(given, monkeypatch):
+    shape = dict(zip(bench.SIZES, (2, 2, 32, 64, 300), strict=True))
+    given(peer='llama.cpp', device='cpu', repeats=1, _SHAPES={'15M': shape}, _VOCAB_SIZE=300, _TOKENS=16)
+    figures = bench.sample()
+    ours, theirs, greedy, theirs_greedy = figures['tokens_per_s'].values()
+    assert min(figures['tokens_per_s'].values()) > 0
+    assert (figures['ratio'], figures['ratio_greedy']) == (ours / theirs, greedy / theirs_greedy)
+    given(what='train')
+    with pytest.raises(SettingError, match='--what sample'):
+        bench.main()
 
 
 def test_training_beside_a_peer(tmp_path):
@@ -174,4 +195,4 @@ def test_encodings_are_of_the_same_stories(given, tmp_path, capsys):
 
 def test_a_program_that_fails_says_why():
     with pytest.raises(UserError, match=r'ls nowhere failed with status \d: .*No such file'):
-        bench.command('ls', 'nowhere')
+        peers.command('ls', 'nowhere')
