@@ -97,15 +97,15 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, su
 
 def sample_token(logits, temperature, top_k, top_p, generator):
     """Draw one token id a row from logits (B, V); returns (B,)."""
+    kept = None
+    if temperature > 0 and 0 < top_k < logits.size(-1):
+        logits, kept = logits.topk(top_k)
     likeliest, token = logits.max(-1, keepdim=True)
     if not likeliest.isfinite().all():
         raise UserError("the model predicts no numbers: its weights are ruined, as by a run that diverged")
     if temperature == 0:
         return token[:, 0]
-    logits, kept = (logits - likeliest) / temperature, None  # however small that is
-    if 0 < top_k < logits.size(-1):
-        logits, kept = logits.topk(top_k)
-    probs = logits.softmax(-1)
+    probs = ((logits - likeliest) / temperature).softmax(-1)  # however small that is
     if top_p < 1:
         # all below (1 - top_p) / V together make up less than 1 - top_p: only the rest need sorting
         likely = (probs * probs.size(-1) > 1 - top_p).sum(-1).max()

@@ -22,7 +22,8 @@ class Int8Linear:
         self.weight = (weight / self.scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
         self.bias = None if bias[0] is None else torch.cat(bias).detach()
         self.sizes = [linear.out_features for linear in linears]
-        self.few = 2**14 // len(weight)  # rows; of so few, rounding x would take longer than it saves
+        # rows: of so few, rounding x would take longer than it saves, as does AMX, which orders weights anew
+        self.few = max(2**14 // len(weight), 4 * torch.cpu._is_amx_tile_supported())
 
     def __call__(self, x):
         B, T, C = x.shape
