@@ -87,10 +87,12 @@ def plain_attention(q, k, v, dropout):
     """Causal attention as two matrix products: in bfloat16 on a CPU 1.3 to 3 times as fast as the flash
     kernel, whose backward pass is slow there. Its memory grows with T squared.
     q, k, v: (B, heads, T, head_dim), computed in the dtype of v."""
-    k, v = (t.repeat_interleave(q.size(1) // k.size(1), dim=1) for t in (k, v))
-    future = torch.full((q.size(2), q.size(2)), -math.inf, dtype=v.dtype).triu(1)
-    scores = (q / math.sqrt(q.size(-1))).type_as(v) @ k.type_as(v).transpose(-2, -1) + future
-    return F.dropout(scores.softmax(-1, dtype=v.dtype), dropout) @ v
+    B, heads, T, head_dim = q.shape
+    k, v = (t.repeat_interleave(heads // k.size(1), dim=1) for t in (k, v))
+    q, k, v = (t.flatten(0, 1).type_as(v) for t in (q, k, v))
+    future = torch.full((T, T), -math.inf, dtype=v.dtype).triu(1)
+    scores = torch.baddbmm(future, q, k.mT, alpha=1 / math.sqrt(head_dim))
+    return (F.dropout(scores.softmax(-1, dtype=v.dtype), dropout) @ v).view(B, heads, T, head_dim)
 
 
 class Attention(nn.Module):
@@ -184,10 +186,12 @@ class GPT(nn.Module):
             angle = angles(config.block_size, config.n_embd, 10000.0)
             table = torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)
             self.register_buffer('sinusoids', table, persistent=False)
-        else:  # rotary: cosines, and sines with signs (Su et al. 2021)
-            angle = angles(config.block_size, config.head_dim, config.rope_theta)[:, None]
-            self.register_buffer('cos', torch.cat((angle.cos(), angle.cos()), -1), persistent=False)
-            self.register_buffer('sin', torch.cat((-angle.sin(), angle.sin()), -1), persistent=False)
+        else:  # rotary: cosines, and sines with signs, of all heads of q and k (Su et al. 2021)
+            angle = angles(config.block_size, config.head_dim, config.rope_theta)
+            heads = config.n_head + config.n_kv_head
+            cos, sin = torch.cat((angle.cos(), angle.cos()), -1), torch.cat((-angle.sin(), angle.sin()), -1)
+            self.register_buffer('cos', cos.repeat(1, heads), persistent=False)
+            self.register_buffer('sin', sin.repeat(1, heads), persistent=False)
         self.init_weights()
 
     def init_weights(self):

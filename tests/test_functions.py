@@ -22,7 +22,8 @@ def test_the_norm_is_cast_for_the_layers_behind_it():
 
 def test_a_rotation_turns_each_pair_and_its_gradient_turns_back():
     angle = torch.randn(5, 1, 3, dtype=torch.double)
-    cos, sin = (torch.cat(pair, -1) for pair in ((angle.cos(),) * 2, (-angle.sin(), angle.sin())))
+    cos, sin = (torch.cat(pair, -1).expand(5, 4, 6).flatten(1)
+                for pair in ((angle.cos(),) * 2, (-angle.sin(), angle.sin())))
     x = torch.randn(2, 5, 4, 6, dtype=torch.double)
     turns = torch.polar(torch.ones_like(angle), angle)
     turned = torch.view_as_complex(torch.stack(x.chunk(2, -1), -1)) * turns
