@@ -196,12 +196,15 @@ class GPT(nn.Module):
 
     def init_weights(self):
         """Normal weights of deviation 0.02, of the projections back into the residual stream
-        1 / sqrt(2 n_layer) of that (Radford et al. 2019), biases 0, norms 1."""
+        1 / sqrt(2 n_layer) of that (Radford et al. 2019), biases 0, norms 1. An embedding that is neither
+        the head nor has positions added begins at 0.3, which learns sooner (docs/experiments.md)."""
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer) if 'proj' in name else 0.02)
             else:
                 nn.init.constant_(p, 0.0 if name.endswith('bias') else 1.0)
+        if self.config.position == 'rope' and not self.config.tie_embeddings:
+            nn.init.normal_(self.embedding.weight, std=0.3)
 
     def n_params(self):
         """Number of parameters; a tied head counts once."""
