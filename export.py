@@ -2,6 +2,7 @@
 
     python export.py --out_dir out-quickstart --format llama2c --path for-llama2c
     python export.py --out_dir out-quickstart --format gguf --dtype q8_0 --path stories.gguf
+    python export.py --out_dir out-quickstart --format html --path story.html     a page that writes stories
 
 What was written is read back, by an independent program where there is one, before it is put in its place.
 """
@@ -25,16 +26,17 @@ from configurator import configure, one_of
 from errors import SettingError, UserError, run
 from files import staging, written
 from formats import load_to_write
-from formats.gguf import GGUF, is_gguf
+from formats.gguf import GGUF
 from formats.hf import HuggingFace
 from formats.llama2c import Llama2c
+from formats.page import HTML
 from formats.safetensors import Safetensors
 from generate import generate
 
 out_dir = 'out-tiny-stories'  # folder of the checkpoint
 ckpt = 'best'  # best (lowest validation loss) or last
-format = ''  # llama2c, llama2c-int8, hf, gguf or safetensors
-path = ''  # where to: a new folder; for gguf a file
+format = ''  # llama2c, llama2c-int8, hf, gguf, html or safetensors
+path = ''  # where to: a new folder; for gguf and html a file
 dtype = 'f32'  # of gguf's matrices: f32, f16 or q8_0
 
 _GREEDY = 64  # tokens of the story that is compared
@@ -53,7 +55,7 @@ def check_settings(formats):
         raise SettingError(f'path is empty: type --path and a {kind} to write')
     if os.path.exists(path) and there != bool(files):
         raise SettingError(f'path {path} is no {kind}, and --format {format} writes a {kind}')
-    if os.path.isfile(path) and not is_gguf(path):
+    if os.path.isfile(path) and not formats[format].is_one(path):
         raise SettingError(f'path {path} is another file than an export: name a new one')
     if there and (others := set(os.listdir(path)) - set(files)):  # could be taken for parts of the model
         raise SettingError(f'path {path} holds other files ({min(others)} ...): name a new folder')
@@ -105,7 +107,7 @@ def compare(model, tokenizer, program):
 
 def main():
     formats = {'llama2c': Llama2c(), 'llama2c-int8': Llama2c(int8=True), 'hf': HuggingFace(),
-               'gguf': GGUF(dtype), 'safetensors': Safetensors()}
+               'gguf': GGUF(dtype), 'html': HTML(), 'safetensors': Safetensors()}
     check_settings(formats)
     chosen, target = formats[format], Path(path)
     checkpoint, tokenizer = load_to_write(Path(out_dir, FILES[ckpt]))

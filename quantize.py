@@ -5,6 +5,22 @@ import torch.nn as nn
 from torch.nn import functional as F
 
 
+def rounded(weight):
+    """A matrix as int8 numbers, and a scale for each row in bfloat16."""
+    weight = weight.detach().float()
+    scale = (weight.abs().amax(1) / 127).clamp(min=1e-12).bfloat16()
+    return (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def round_weights(model):
+    """Round the matrices of a GPT as 8 bits do, but keep them in float32; returns it."""
+    for p in model.parameters():
+        if p.dim() == 2:
+            whole, scale = rounded(p)
+            p.data = whole.float() * scale.float()[:, None]
+    return model
+
+
 class Int8Linear:
     """Linear layers as one product: int8 weights, a scale for each output, bfloat16 in and out.
 
@@ -17,9 +33,7 @@ class Int8Linear:
         if linears[0].in_features % 32:  # the kernel reads beyond the rows of others
             raise ValueError(f'int8 needs widths that 32 divides, not {linears[0].in_features}')
         weight, bias = ([getattr(linear, name) for linear in linears] for name in ('weight', 'bias'))
-        weight = torch.cat(weight).detach().float()
-        self.scale = (weight.abs().amax(1) / 127).clamp(min=1e-12).bfloat16()
-        self.weight = (weight / self.scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+        self.weight, self.scale = rounded(torch.cat(weight))
         self.bias = None if bias[0] is None else torch.cat(bias).detach()
         self.sizes = [linear.out_features for linear in linears]
         # rows: of so few, rounding x would take longer than it saves, as does AMX, which orders weights anew

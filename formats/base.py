@@ -35,11 +35,17 @@ class Format:
 
     reader = 'our importer'  # the program, in words
     files = ()  # what is written into a folder; none: it is a file itself
+    begins = b''  # the first bytes of such a file
     bound = 1e-6  # nats that rounding may change the prediction of a token by; export.py says more
 
     def mismatches(self, config, tokenizer):
         """Why it cannot hold such a model: a list of (reason, way out)."""
         return []
+
+    def is_one(self, path):
+        """Whether that file is of this format, by its first bytes."""
+        with open(path, 'rb') as file:
+            return file.read(len(self.begins)) == self.begins
 
 
 class Importer(Format):

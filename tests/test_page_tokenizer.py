@@ -15,7 +15,7 @@ from data.tiny_stories.sample_stories import stories
 from data.tokenizer import BPETokenizer
 from data.vocabularies import CONTROL, FIRST, NORMAL, UNUSED, sentencepiece_model
 from errors import UserError
-from formats.html import USER_DEFINED, vocabulary
+from formats.page.vocabulary import USER_DEFINED, vocabulary
 from tests import test_tokenizer, tiny
 from tests.node import evaluate, needs_node
 from tests.test_tokenizer import CORPUS, ENCODINGS

@@ -1,0 +1,262 @@
+// The model of a page: the forward pass of model.py for one token at a time, drawing the next, and writing.
+'use strict';
+
+// What kernel.wat does, in plain JavaScript, for a browser without SIMD; pointers as there.
+function plainKernel(memory) {
+  const int8 = new Int8Array(memory.buffer), int16 = new Int16Array(memory.buffer);
+  const float = new Float32Array(memory.buffer);
+  return {
+    product(w, scale, x, xScale, y, rows, columns) {
+      for (let row = 0; row < rows; row++, w += columns) {
+        let sum = 0;
+        for (let i = 0; i < columns; i++) sum += int8[w + i] * int16[x / 2 + i];
+        float[y / 4 + row] = sum * Math.fround(float[scale / 4 + row] * xScale);
+      }
+    },
+    scores(q, key, out, count, stride, bytes) {
+      for (let t = 0; t < count; t++) {
+        let sum = 0;
+        for (let i = 0; i < bytes / 4; i++) sum += float[q / 4 + i] * float[(key + t * stride) / 4 + i];
+        float[out / 4 + t] = sum;
+      }
+    },
+    mix(share, values, out, count, stride, bytes) {
+      for (let i = 0; i < bytes / 4; i++) {
+        let sum = 0;
+        for (let t = 0; t < count; t++) sum += float[share / 4 + t] * float[(values + t * stride) / 4 + i];
+        float[out / 4 + i] = sum;
+      }
+    },
+    above(x, count, least) {
+      let sum = 0;
+      for (let i = 0; i < count; i++) if (float[x / 4 + i] > least) sum += float[x / 4 + i];
+      return sum;
+    },
+    exponentials(x, out, count, most, factor) {
+      let sum = 0;
+      for (let i = 0; i < count; i++)
+        sum += float[out / 4 + i] = Math.exp(Math.max(Math.min(factor * (float[x / 4 + i] - most), 87), -87));
+      return sum;
+    },
+  };
+}
+
+// Whether this browser has what kernel.wasm needs.
+const hasSimd = wasm => typeof WebAssembly === 'object' && WebAssembly.validate(wasm);
+
+// The model of `config` (GPTConfig's names), and `tensors`, [name, shape] of each weight in `bytes`, in this
+// order: a matrix as its int8 numbers and a bfloat16 scale for each row, other tensors as float32.
+function makeModel(config, tensors, bytes, wasm) {
+  const {n_embd: width, n_head: heads, n_kv_head: kvHeads, n_layer: layers, block_size: context} = config;
+  const headWidth = width / heads, up = (n, unit) => Math.ceil(n / unit) * unit;
+  const headBytes = 4 * up(headWidth, 4), kvBytes = kvHeads * headBytes;
+  let end = 0, from = 0;
+  const room = size => (end = up(end, 16) + size) - size;
+  const matrices = {}, vectors = {};
+  for (const [name, shape] of tensors) {
+    if (shape.length === 1) {
+      vectors[name] = new Float32Array(bytes.slice(from, from += 4 * shape[0]).buffer);
+    } else {
+      const [rows, columns] = shape, size = {rows: up(rows, 4), columns: up(columns, 8)};
+      matrices[name] = {...size, shape, from, w: room(size.rows * size.columns), scale: room(4 * size.rows)};
+      from += rows * columns + 2 * rows;
+    }
+  }
+  if (from !== bytes.length) throw Error(`The model has ${bytes.length} bytes in place of ${from}.`);
+  const widest = Math.max(...Object.values(matrices).map(matrix => Math.max(matrix.columns, matrix.rows)));
+  const keys = Array.from({length: layers}, () => room(context * kvBytes));
+  const values = keys.map(() => room(context * kvBytes));
+  const [rounded, y, queries, mixed, scores, chances] =
+    [2 * widest, 4 * widest, heads * headBytes, heads * headBytes, 4 * up(context, 4), 4 * widest].map(room);
+  const memory = new WebAssembly.Memory({initial: Math.ceil(end / 65536) + 1});
+  const kernel = hasSimd(wasm) ? new WebAssembly.Instance(new WebAssembly.Module(wasm),
+    {page: {memory}}).exports : plainKernel(memory);
+  const int8 = new Int8Array(memory.buffer), int16 = new Int16Array(memory.buffer);
+  const float = new Float32Array(memory.buffer);
+  const floats = (at, length) => float.subarray(at / 4, at / 4 + length);
+
+  for (const {shape: [rows, columns], ...matrix} of Object.values(matrices)) {
+    for (let row = 0; row < rows; row++)
+      int8.set(bytes.subarray(matrix.from + row * columns, matrix.from + (row + 1) * columns),
+        matrix.w + row * matrix.columns);
+    const scales = matrix.from + rows * columns, bits = new Uint32Array(memory.buffer, matrix.scale, rows);
+    for (let row = 0; row < rows; row++)
+      bits[row] = bytes[scales + 2 * row] << 16 | bytes[scales + 2 * row + 1] << 24;
+  }
+  const head = matrices['lm_head.weight'] ?? matrices['embedding.weight'];
+  const logits = floats(y, head.shape[0]), shares = floats(scores, up(context, 4));
+
+  function addRow({w, scale, columns}, row, x) {
+    for (let i = 0; i < x.length; i++) x[i] += int8[w + row * columns + i] * float[scale / 4 + row];
+  }
+  // Rounds x for the products that follow, as finely as their sums of 32 bits allow; returns its scale.
+  function round(x) {
+    let most = 0;
+    for (let i = 0; i < x.length; i++) most = Math.max(most, Math.abs(x[i]));
+    const levels = Math.min(2 ** 31 / (127 * x.length), 2 ** 15) - 1;
+    const scale = Math.max(most / levels, 1e-30), at = rounded / 2;
+    for (let i = 0; i < x.length; i++) int16[at + i] = Math.round(x[i] / scale);
+    int16.fill(0, at + x.length, at + up(x.length, 8));
+    return scale;
+  }
+  // The product of a matrix with what `round` has taken last; lies where the next one will.
+  function product({w, scale, rows, columns, shape}, xScale, bias) {
+    kernel.product(w, scale, rounded, xScale, y, rows, columns);
+    const out = floats(y, shape[0]);
+    if (bias) for (let i = 0; i < out.length; i++) out[i] += bias[i];
+    return out;
+  }
+  const linear = (name, xScale) => product(matrices[`${name}.weight`], xScale, vectors[`${name}.bias`]);
+
+  function norm(name, x, out = x) {
+    const weight = vectors[`${name}.weight`], bias = vectors[`${name}.bias`], n = x.length;
+    let mean = 0, squares = 0;
+    if (config.norm === 'layer') {
+      for (let i = 0; i < n; i++) mean += x[i];
+      mean /= n;
+    }
+    for (let i = 0; i < n; i++) squares += (x[i] - mean) ** 2;
+    const factor = 1 / Math.sqrt(squares / n + config.norm_eps);
+    for (let i = 0; i < n; i++) out[i] = (x[i] - mean) * factor * weight[i] + (bias ? bias[i] : 0);
+    return out;
+  }
+  const angles = (n, base, t) => Array.from({length: n / 2}, (_, i) => t * base ** (-2 * i / n));
+  const rotation = Array.from({length: config.position === 'rope' ? context : 0}, (_, t) => {
+    const angle = angles(headWidth, config.rope_theta, t);
+    return [Float32Array.from(angle, Math.cos), Float32Array.from(angle, Math.sin)];
+  });
+  // Copies heads of x, headWidth apart, to `to`, headBytes apart; normalised and rotated as the model has it.
+  function place(x, to, t, name, factor = 1) {
+    for (let from = 0; from < x.length; from += headWidth, to += headBytes) {
+      const one = float.subarray(to / 4, to / 4 + headWidth);
+      one.set(x.subarray(from, from + headWidth));
+      if (name && config.qk_norm) norm(name, one);
+      if (name && config.position === 'rope') {
+        const [cos, sin] = rotation[t], half = headWidth / 2;
+        for (let i = 0; i < half; i++) {
+          const a = one[i], b = one[i + half];
+          one[i] = a * cos[i] - b * sin[i];
+          one[i + half] = b * cos[i] + a * sin[i];
+        }
+      }
+      for (let i = 0; i < headWidth; i++) one[i] *= factor;
+    }
+  }
+  function attend(layer, count) {
+    for (let head = 0; head < heads; head++) {
+      const at = head * headBytes, kv = Math.floor(head / (heads / kvHeads)) * headBytes;
+      kernel.scores(queries + at, keys[layer] + kv, scores, count, kvBytes, headBytes);
+      let most = -Infinity;
+      for (let t = 0; t < count; t++) most = Math.max(most, shares[t]);
+      shares.fill(-Infinity, count, up(count, 4));
+      const sum = kernel.exponentials(scores, scores, up(count, 4), most, 1);
+      kernel.mix(scores, values[layer] + kv, mixed + at, count, kvBytes, headBytes);
+      for (let i = 0; i < headWidth; i++) attended[head * headWidth + i] = float[(mixed + at) / 4 + i] / sum;
+    }
+  }
+  const activations = {
+    gelu: x => x / (1 + Math.exp(-2 * Math.sqrt(2 / Math.PI) * (x + 0.044715 * x ** 3))),
+    relu: x => Math.max(x, 0), relu2: x => Math.max(x, 0) ** 2,
+  };
+  const activation = activations[config.mlp];
+  const x = new Float32Array(width), normed = new Float32Array(width), attended = new Float32Array(width);
+  const hidden = new Float32Array(config.mlp_width);
+  const add = more => { for (let i = 0; i < width; i++) x[i] += more[i]; };
+
+  // Takes in token `id` at position t, behind those at 0 to t - 1. The logits of the next, where wanted, are
+  // good until the next call.
+  function forward(id, t, wanted = true) {
+    x.fill(0);
+    addRow(matrices['embedding.weight'], id, x);
+    if (config.position === 'learned') {
+      addRow(matrices['position.weight'], t, x);
+    } else if (config.position === 'sinusoidal') {
+      const angle = angles(width, 10000, t);
+      for (let i = 0; i < width; i++)
+        x[i] = x[i] * Math.sqrt(width) + (i % 2 ? Math.cos : Math.sin)(angle[i >> 1]);
+    }
+    for (let layer = 0; layer < layers; layer++) {
+      const attn = `blocks.${layer}.attn`, mlp = `blocks.${layer}.mlp`;
+      let scale = round(norm(`${attn}_norm`, x, normed));
+      place(linear(`${attn}.q`, scale), queries, t, `${attn}.q_norm`, 1 / Math.sqrt(headWidth));
+      place(linear(`${attn}.k`, scale), keys[layer] + t * kvBytes, t, `${attn}.k_norm`);
+      place(linear(`${attn}.v`, scale), values[layer] + t * kvBytes, t);
+      attend(layer, t + 1);
+      add(linear(`${attn}.proj`, round(attended)));
+      scale = round(norm(`${mlp}_norm`, x, normed));
+      if (config.mlp === 'swiglu') {
+        const gate = linear(`${mlp}.gate`, scale), e = floats(chances, gate.length);
+        kernel.exponentials(y, chances, up(gate.length, 4), 0, -1);
+        for (let i = 0; i < gate.length; i++) hidden[i] = gate[i] / (1 + e[i]);
+        linear(`${mlp}.up`, scale).forEach((value, i) => hidden[i] *= value);
+      } else {
+        linear(`${mlp}.up`, scale).forEach((value, i) => hidden[i] = activation(value));
+      }
+      add(linear(`${mlp}.proj`, round(hidden)));
+    }
+    return wanted ? product(head, round(norm('norm', x, normed))) : null;
+  }
+
+  // Draws a token by the logits: {id, p, others}: its share of all at temperature 1, and [id, p] of the four
+  // likeliest others. temperature 0 is greedy; topP keeps the smallest set of the likeliest whose share
+  // reaches it (Holtzman et al. 2019): what is drawn outside of it is drawn again.
+  function draw(suppress, temperature, topP, random) {
+    const best = [], n = logits.length, count = up(n, 4), p = floats(chances, n);
+    for (const id of suppress) logits[id] = -Infinity;
+    floats(y, count).fill(-Infinity, n);
+    for (let id = 0, fifth = -Infinity; id < n; id++) {
+      if (!(logits[id] > fifth)) continue;
+      let i = Math.min(best.length, 4);
+      for (; i > 0 && logits[id] > logits[best[i - 1]]; i--) best[i] = best[i - 1];
+      best[i] = id;
+      if (best.length === 5) fifth = logits[best[4]];
+    }
+    const most = logits[best[0]];
+    if (!Number.isFinite(most)) throw Error('The model predicts no numbers: its weights are ruined.');
+    let id = best[0];
+    if (temperature > 0) {
+      const sum = kernel.exponentials(y, chances, count, most, 1 / temperature);
+      for (let likelier = Infinity; likelier >= topP * sum;) {
+        let left = random() * sum, i = 0;
+        while (i < n - 1 && (left -= p[i]) >= 0) i++;
+        id = i;
+        likelier = topP < 1 ? kernel.above(chances, count, p[id]) : 0;
+      }
+    }
+    const all = kernel.exponentials(y, chances, count, most, 1), share = id => [id, p[id] / all];
+    return {id, p: p[id] / all, others: best.filter(other => other !== id).slice(0, 4).map(share)};
+  }
+
+  // Writes on after the prompt (ids), at most `length` tokens: yields what `draw` returns, and null where
+  // the model read a token. When the context is full, its last half is read anew, as generate.py does.
+  function* write(prompt, {suppress, temperature, topP, seed, length}) {
+    const random = generator(seed), all = [...prompt];
+    let read = 0, t = 0;  // tokens of `all` that the model knows, and how many of them are in its context
+    for (let written = 0; written < length; written++) {
+      if (t + all.length - read > context) {
+        read = all.length - Math.max(Math.floor(context / 2), 1);
+        t = 0;
+      }
+      for (; read < all.length; read++, t++) {
+        forward(all[read], t, read === all.length - 1);
+        yield null;
+      }
+      const drawn = draw(suppress, temperature, topP, random);
+      all.push(drawn.id);
+      yield drawn;
+    }
+  }
+  return {forward, write, simd: hasSimd(wasm)};
+}
+
+// Numbers from 0 to below 1 by a seed: splitmix32.
+function generator(seed) {
+  let state = (seed ^ Math.floor(seed / 2 ** 32)) | 0;
+  return () => {
+    state = state + 0x9e3779b9 | 0;
+    let z = state ^ state >>> 16;
+    z = Math.imul(z, 0x21f0aaad);
+    z = Math.imul(z ^ z >>> 15, 0x735a2d97);
+    return ((z ^ z >>> 15) >>> 0) / 2 ** 32;
+  };
+}
