@@ -145,7 +145,8 @@ def nanogpt_writes(peer, sizes, n_tokens, device):
 def export(fmt, path, model):
     """Our export of a model."""
     tokenizer = CharTokenizer.train(made_up_characters(model.config.vocab_size))
-    fmt.write(path, {'config': asdict(model.config), 'model': model.state_dict()}, tokenizer)
+    checkpoint = {'config': asdict(model.config), 'model': model.state_dict(), 'settings': {}}
+    fmt.write(path, checkpoint, tokenizer)
 
 
 def llama2c_writes(peer, folder, model, n_tokens):
