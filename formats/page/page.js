@@ -49,11 +49,13 @@ function write(further) {  // with a seed so much further
   const message = asked();
   if (!message) return;
   message.seed = $('seed').value = (message.seed + further) % (Number($('seed').max) + 1);
+  stop();  // what is being written: this one begins when that has ended
   wanted = message;
-  if (writing) stop();  // the next one begins when this one has ended
-  else if (ready) begin();
+  if (!ready) say('Loading the model … The story begins as soon as it is there.');
+  else if (!writing) begin();
 }
 function stop() {
+  wanted = null;
   if (writing) worker.postMessage({type: 'stop'});
 }
 function choose() {
@@ -93,7 +95,7 @@ function append(piece) {
   if (colours.checked) makeReachable(node);
   count += 1;
 }
-function makeReachable(node) {  // Tab stops at one token; arrow keys go on from there
+function makeReachable(node) {  // Tab stops at one token, arrow keys go on from there: see `go`
   node.role = 'button';
   node.tabIndex = story.querySelector('[tabindex="0"]') ? -1 : 0;
 }
@@ -114,7 +116,7 @@ function showTip({target}) {
   const [text, p, others] = pieceOf.get(target), tip = $('tip'), box = target.getClientRects()[0];
   const lines = [[text, p], ...others].map(([text, p]) => `${visible(text)}: ${percent(p)}`);
   tip.textContent = lines.join('\nor ');
-  const left = box.left < innerWidth / 2 ? box.left : box.right - tip.offsetWidth;
+  const left = Math.min(box.left, document.documentElement.clientWidth - tip.offsetWidth - 8);
   const below = box.bottom + 4, above = box.top - tip.offsetHeight - 4;
   tip.style.left = `${scrollX + Math.max(8, left)}px`;
   tip.style.top = `${scrollY + (below + tip.offsetHeight < innerHeight ? below : above)}px`;
@@ -122,13 +124,13 @@ function showTip({target}) {
 function hideTip() {
   $('tip').textContent = '';
 }
-function go(event) {
-  const {key, target} = event;
+function go({key, target}) {
   const next = {ArrowRight: target.nextSibling, ArrowLeft: target.previousSibling}[key];
-  if (!pieceOf.has(next)) return;
-  event.preventDefault();
-  [target.tabIndex, next.tabIndex] = [-1, 0];
-  next.focus();
+  if (pieceOf.has(next)) next.focus();
+}
+function stay({target}) {  // Tab comes back to where one was
+  story.querySelector('[tabindex="0"]').tabIndex = -1;
+  target.tabIndex = 0;
 }
 
 // What the worker says
@@ -145,7 +147,8 @@ const hear = {
   },
   pieces({pieces, perSecond}) {
     pieces.forEach(append);
-    $('speed').textContent = `${count} tokens, ${perSecond.toFixed(perSecond < 10 ? 1 : 0)} a second`;
+    const speed = perSecond.toFixed(perSecond < 10 ? 1 : 0);
+    if (count) $('speed').textContent = `${count} tokens, ${speed} a second`;
   },
   done: ({reason}) => finish(OVER[reason]()),
   error({message}) {
@@ -168,7 +171,7 @@ function load() {
     return fail('This browser lets no page from a file start a worker, in which the model would run.');
   }
   worker.onerror = ({message}) =>
-    hear.error({message: `The model's program failed: ${message ?? 'it did not start'}`});
+    hear.error({message: `The model's program failed: ${message || 'it did not start'}`});
   worker.postMessage({type: 'load', about, weights: $('weights').textContent});
   $('weights').textContent = '';  // tens of megabytes, which the worker has now
 }
@@ -197,6 +200,7 @@ $('again').onclick = () => write(1);
 $('stop').onclick = stop;
 colours.onchange = colour;
 story.onkeydown = go;
+story.addEventListener('focusin', stay);
 for (const type of ['pointerover', 'focusin', 'click']) story.addEventListener(type, showTip);
 for (const type of ['pointerout', 'focusout']) story.addEventListener(type, hideTip);
 document.addEventListener('pointerdown', hideTip);  // a finger beside the story, too
