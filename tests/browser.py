@@ -88,7 +88,9 @@ class Browser:
         while b'\0' not in self.buffer:
             if not select.select([self.from_], [], [], 30)[0]:
                 raise TimeoutError('Chromium is silent')
-            self.buffer += os.read(self.from_, 2**20)
+            if not (more := os.read(self.from_, 2**20)):
+                raise RuntimeError('Chromium has ended')
+            self.buffer += more
         message, _, self.buffer = self.buffer.partition(b'\0')
         return json.loads(message)
 
