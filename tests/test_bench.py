@@ -91,7 +91,7 @@ def test_the_ratio_of_times_counts_if_ours_reaches_the_target(given, tmp_path, l
     assert (figures['seconds'], figures['losses'], figures['ratio']) == ([24, 6, 6], [1.88, *losses], ratio)
     steps = bench._RECIPES['cpu'][2]
     assert [(call['max_iters'], call.get('learning_rate')) for call in calls] == [
-        (steps, 0.03), (4 * steps, None)]
+        (steps, 0.04), (4 * steps, None)]
 
 
 def test_sides_take_turns_and_our_fastest_counts(given, tmp_path, capsys):

@@ -14,6 +14,7 @@ from formats.gguf import GGUF
 from formats.hf import HuggingFace
 from formats.llama2c import Llama2c
 from model import GPTConfig
+from tests.node import needs_node
 from tests.test_formats import GPT2_BLOCK, UNTIED, make, needs_all, trained
 
 pytestmark = needs_all
@@ -41,7 +42,9 @@ def run(tmp_path, monkeypatch, capsys):
     ('hf', 'f32', 'bpe', OTHER | {'bias': True}), ('hf', 'f32', 'char', OTHER | GPT2_BLOCK | UNTIED),
     ('gguf', 'f32', 'bpe', OTHER | UNTIED), ('gguf', 'f32', 'char', OTHER | {'bias': True}),
     ('gguf', 'f16', 'bpe', GPT2_BLOCK), ('gguf', 'q8_0', 'char', OTHER | GPT2_BLOCK | UNTIED),
-    ('safetensors', 'f32', 'char', {'qk_norm': True})])
+    ('safetensors', 'f32', 'char', {'qk_norm': True}),
+    pytest.param('html', 'f32', 'bpe', OTHER | {'qk_norm': True}, marks=needs_node),
+    pytest.param('html', 'f32', 'gpt2', GPT2_BLOCK | UNTIED, marks=needs_node)])
 def test_every_format_proves_that_it_arrived(run, tmp_path, name, dtype, encoding, config):
     printed = run(name, config, encoding, ckpt='last', dtype=dtype)
     kl, bound, same = re.search(r'divergence (\S+) nats.*most (\S+)\); (\d+) of 64 greedy', printed).groups()
@@ -99,13 +102,13 @@ def test_without_a_package_it_says_so(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('name, config, dtype, message', [
     ('llama2c', GPT2_BLOCK, '', r'norm layer, position learned, .*tiny_stories.py with --norm rms .* hf or'),
-    ('llama2c', {'qk_norm': True}, '', r'--qk_norm False.* --format safetensors'),
+    ('llama2c', {'qk_norm': True}, '', r'--qk_norm False.* --format html or safetensors'),
     ('llama2c-int8', {'norm_eps': 1e-6, 'rope_theta': 500.0}, '',
-     r'norm_eps 1e-06, rope_theta 500.0\): .*--norm_eps 1e-05 --rope_theta 10000.0, .* hf or gguf or safet'),
+     r'norm_eps 1e-06, rope_theta 500.0\): .*--norm_eps 1e-05 --rope_theta 10000.0, .* hf or gguf or html'),
     ('hf', GPT2_BLOCK | {'position': 'sinusoidal', 'mlp': 'relu'}, '',
-     r'gpt2_89m.py with --position learned --mlp gelu, or take this one to --format safetensors'),
-    ('hf', GPT2_BLOCK | {'n_kv_head': 2}, '', r'n_kv_head 2\): .*--n_kv_head 4, .*--format safetensors'),
-    ('gguf', {'mlp': 'relu2'}, '', r'mlp relu2\): .*--mlp swiglu, .*--format safetensors'),
+     r'gpt2_89m.py with --position learned --mlp gelu, or take this one to --format html or safetensors'),
+    ('hf', GPT2_BLOCK | {'n_kv_head': 2}, '', r'n_kv_head 2\): .*--n_kv_head 4, .*--format html or safet'),
+    ('gguf', {'mlp': 'relu2'}, '', r'mlp relu2\): .*--mlp swiglu, .*--format html or safetensors'),
     ('gguf', {'mlp_width': 40}, 'q8_0', r'32 does not divide .* mlp_width 40.*--dtype f16'),
     ('gguf', {'n_embd': 40, 'n_kv_head': 4}, 'q8_0', r'32 does not divide n_embd 40')])
 def test_refused_before_any_work(run, tmp_path, monkeypatch, name, config, dtype, message):

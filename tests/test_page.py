@@ -3,18 +3,15 @@
 In the model's place stands a worker that takes its words from `about.config`.
 """
 
-import base64
-import hashlib
 import json
 import re
 
 import pytest
 
-from tests import browser as browsers
-from tests.tiny import ROOT
+from formats.page import assembled
+from formats.page import browser as browsers
 
 pytestmark = pytest.mark.skipif(not browsers.PROGRAM, reason='no Chromium here')
-FOLDER = ROOT / 'formats' / 'page'
 HELPERS = '''const text = id => document.getElementById(id).textContent.trim();
              const shown = id => document.getElementById(id).checkVisibility({visibilityProperty: true});'''
 EVIL = '</script><script>window.evil = 1</script><img src=x onerror="window.evil = 1">'
@@ -54,19 +51,11 @@ onmessage = ({data}) => ({load, write, stop})[data.type](data);
 
 
 def assemble(path, config, worker=WORKER, whole=1, **about):
-    """What formats/html.py writes, with another worker."""
-    page, script = (FOLDER / 'page.html').read_text(), (FOLDER / 'page.js').read_text()
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    """A page with another worker."""
     about = {'title': 'Small stories', 'facts': [['parameters', '3,200,000'], ['validation loss', '1.23']],
              'infill': False, 'prompt': PROMPT, 'blockSize': 256, 'seed': 1337,
              'config': {'story': STORY} | config} | about
-    policy = (f"default-src 'none'; script-src 'sha256-{digest}' 'wasm-unsafe-eval'; worker-src blob:; "
-              "style-src 'unsafe-inline'; img-src data:")
-    about = json.dumps(about).replace('<', r'\u003c')
-    for mark, text in {'__CSP__': policy, '__ABOUT__': about, '__PAGE__': script, '__WORKER__': worker,
-                       '__WEIGHTS__': 'AAECAw=='}.items():
-        assert page.count(mark) == 1
-        page = page.replace(mark, text)
+    page = assembled(about, worker, 'AAECAw==')
     path.write_text(page[:int(whole * len(page))])
     return path
 

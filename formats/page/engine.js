@@ -13,19 +13,29 @@ function plainKernel(memory) {
         float[y / 4 + row] = sum * Math.fround(float[scale / 4 + row] * xScale);
       }
     },
-    scores(q, key, out, count, stride, bytes) {
-      for (let t = 0; t < count; t++) {
-        let sum = 0;
-        for (let i = 0; i < bytes / 4; i++) sum += float[q / 4 + i] * float[(key + t * stride) / 4 + i];
-        float[out / 4 + t] = sum;
-      }
+    round(x, out, count, levels) {
+      const at = float.subarray(x / 4, x / 4 + count);
+      const factor = Math.min(levels / at.reduce((most, value) => Math.max(most, Math.abs(value)), 0), 1e30);
+      int16.set(at.map(value => Math.round(value * factor)), out / 2);
+      return 1 / factor;
     },
-    mix(share, values, out, count, stride, bytes) {
-      for (let i = 0; i < bytes / 4; i++) {
+    gated(gate, up, out, count) {
+      for (let i = 0; i < count; i++)
+        float[out / 4 + i] = float[gate / 4 + i] / (1 + Math.exp(-float[gate / 4 + i])) * float[up / 4 + i];
+    },
+    attend(q, key, value, shares, out, count, stride, bytes) {
+      const share = float.subarray(shares / 4, shares / 4 + count), n = bytes / 4, step = stride / 4;
+      const dot = t => {
         let sum = 0;
-        for (let t = 0; t < count; t++) sum += float[share / 4 + t] * float[(values + t * stride) / 4 + i];
-        float[out / 4 + i] = sum;
-      }
+        for (let i = 0; i < n; i++) sum += float[q / 4 + i] * float[key / 4 + t * step + i];
+        return sum;
+      };
+      share.forEach((_, t) => share[t] = dot(t));
+      const most = Math.max(...share);
+      const sum = share.reduce((sum, score, t) => sum + (share[t] = Math.exp(score - most)), 0);
+      for (let i = 0; i < n; i++)
+        float[out / 4 + i] = share.reduce((mix, part, t) => mix + part * float[value / 4 + t * step + i], 0)
+          / sum;
     },
     above(x, count, least) {
       let sum = 0;
@@ -66,8 +76,10 @@ function makeModel(config, tensors, bytes, wasm) {
   const widest = Math.max(...Object.values(matrices).map(matrix => Math.max(matrix.columns, matrix.rows)));
   const keys = Array.from({length: layers}, () => room(context * kvBytes));
   const values = keys.map(() => room(context * kvBytes));
-  const [rounded, y, queries, mixed, scores, chances] =
-    [2 * widest, 4 * widest, heads * headBytes, heads * headBytes, 4 * up(context, 4), 4 * widest].map(room);
+  const [x, normed, attended, gate, hidden] =
+    [width, width, width, widest, widest].map(n => room(4 * up(n, 8)));
+  const [rounded, y, queries, shares, chances] =
+    [2 * widest, 4 * widest, heads * headBytes, 4 * context + 16, 4 * widest].map(room);
   const memory = new WebAssembly.Memory({initial: Math.ceil(end / 65536) + 1});
   const kernel = hasSimd(wasm) ? new WebAssembly.Instance(new WebAssembly.Module(wasm),
     {page: {memory}}).exports : plainKernel(memory);
@@ -84,29 +96,22 @@ function makeModel(config, tensors, bytes, wasm) {
       bits[row] = bytes[scales + 2 * row] << 16 | bytes[scales + 2 * row + 1] << 24;
   }
   const head = matrices['lm_head.weight'] ?? matrices['embedding.weight'];
-  const logits = floats(y, head.shape[0]), shares = floats(scores, up(context, 4));
+  const logits = floats(y, head.shape[0]), stream = floats(x, width);
 
   function addRow({w, scale, columns}, row, x) {
     for (let i = 0; i < x.length; i++) x[i] += int8[w + row * columns + i] * float[scale / 4 + row];
   }
   // Rounds x for the products that follow, as finely as their sums of 32 bits allow; returns its scale.
-  function round(x) {
-    let most = 0;
-    for (let i = 0; i < x.length; i++) most = Math.max(most, Math.abs(x[i]));
-    const levels = Math.min(2 ** 31 / (127 * x.length), 2 ** 15) - 1;
-    const scale = Math.max(most / levels, 1e-30), at = rounded / 2;
-    for (let i = 0; i < x.length; i++) int16[at + i] = Math.round(x[i] / scale);
-    int16.fill(0, at + x.length, at + up(x.length, 8));
-    return scale;
+  const round = (x, n) => kernel.round(x, rounded, up(n, 8), Math.min(2 ** 31 / (127 * n), 2 ** 15) - 1);
+  // The product of a matrix with what `round` has taken last, at `out`.
+  function product({w, scale, rows, columns, shape}, xScale, out = y, bias) {
+    kernel.product(w, scale, rounded, xScale, out, rows, columns);
+    const result = floats(out, shape[0]);
+    if (bias) for (let i = 0; i < result.length; i++) result[i] += bias[i];
+    return result;
   }
-  // The product of a matrix with what `round` has taken last; lies where the next one will.
-  function product({w, scale, rows, columns, shape}, xScale, bias) {
-    kernel.product(w, scale, rounded, xScale, y, rows, columns);
-    const out = floats(y, shape[0]);
-    if (bias) for (let i = 0; i < out.length; i++) out[i] += bias[i];
-    return out;
-  }
-  const linear = (name, xScale) => product(matrices[`${name}.weight`], xScale, vectors[`${name}.bias`]);
+  const linear = (name, xScale, out) =>
+    product(matrices[`${name}.weight`], xScale, out, vectors[`${name}.bias`]);
 
   function norm(name, x, out = x) {
     const weight = vectors[`${name}.weight`], bias = vectors[`${name}.bias`], n = x.length;
@@ -118,7 +123,6 @@ function makeModel(config, tensors, bytes, wasm) {
     for (let i = 0; i < n; i++) squares += (x[i] - mean) ** 2;
     const factor = 1 / Math.sqrt(squares / n + config.norm_eps);
     for (let i = 0; i < n; i++) out[i] = (x[i] - mean) * factor * weight[i] + (bias ? bias[i] : 0);
-    return out;
   }
   const angles = (n, base, t) => Array.from({length: n / 2}, (_, i) => t * base ** (-2 * i / n));
   const rotation = Array.from({length: config.position === 'rope' ? context : 0}, (_, t) => {
@@ -144,14 +148,9 @@ function makeModel(config, tensors, bytes, wasm) {
   }
   function attend(layer, count) {
     for (let head = 0; head < heads; head++) {
-      const at = head * headBytes, kv = Math.floor(head / (heads / kvHeads)) * headBytes;
-      kernel.scores(queries + at, keys[layer] + kv, scores, count, kvBytes, headBytes);
-      let most = -Infinity;
-      for (let t = 0; t < count; t++) most = Math.max(most, shares[t]);
-      shares.fill(-Infinity, count, up(count, 4));
-      const sum = kernel.exponentials(scores, scores, up(count, 4), most, 1);
-      kernel.mix(scores, values[layer] + kv, mixed + at, count, kvBytes, headBytes);
-      for (let i = 0; i < headWidth; i++) attended[head * headWidth + i] = float[(mixed + at) / 4 + i] / sum;
+      const kv = Math.floor(head / (heads / kvHeads)) * headBytes;
+      kernel.attend(queries + head * headBytes, keys[layer] + kv, values[layer] + kv, shares,
+        attended + 4 * head * headWidth, count, kvBytes, headBytes);
     }
   }
   const activations = {
@@ -159,42 +158,45 @@ function makeModel(config, tensors, bytes, wasm) {
     relu: x => Math.max(x, 0), relu2: x => Math.max(x, 0) ** 2,
   };
   const activation = activations[config.mlp];
-  const x = new Float32Array(width), normed = new Float32Array(width), attended = new Float32Array(width);
-  const hidden = new Float32Array(config.mlp_width);
-  const add = more => { for (let i = 0; i < width; i++) x[i] += more[i]; };
+  function add(more) {
+    for (let i = 0; i < width; i++) stream[i] += more[i];
+  }
+  function normalised(name) {  // the stream; returns its scale as `round` does
+    norm(name, stream, floats(normed, width));
+    return round(normed, width);
+  }
 
   // Takes in token `id` at position t, behind those at 0 to t - 1. The logits of the next, where wanted, are
   // good until the next call.
   function forward(id, t, wanted = true) {
-    x.fill(0);
-    addRow(matrices['embedding.weight'], id, x);
+    stream.fill(0);
+    addRow(matrices['embedding.weight'], id, stream);
     if (config.position === 'learned') {
-      addRow(matrices['position.weight'], t, x);
+      addRow(matrices['position.weight'], t, stream);
     } else if (config.position === 'sinusoidal') {
       const angle = angles(width, 10000, t);
       for (let i = 0; i < width; i++)
-        x[i] = x[i] * Math.sqrt(width) + (i % 2 ? Math.cos : Math.sin)(angle[i >> 1]);
+        stream[i] = stream[i] * Math.sqrt(width) + (i % 2 ? Math.cos : Math.sin)(angle[i >> 1]);
     }
     for (let layer = 0; layer < layers; layer++) {
       const attn = `blocks.${layer}.attn`, mlp = `blocks.${layer}.mlp`;
-      let scale = round(norm(`${attn}_norm`, x, normed));
+      let scale = normalised(`${attn}_norm`);
       place(linear(`${attn}.q`, scale), queries, t, `${attn}.q_norm`, 1 / Math.sqrt(headWidth));
       place(linear(`${attn}.k`, scale), keys[layer] + t * kvBytes, t, `${attn}.k_norm`);
       place(linear(`${attn}.v`, scale), values[layer] + t * kvBytes, t);
       attend(layer, t + 1);
-      add(linear(`${attn}.proj`, round(attended)));
-      scale = round(norm(`${mlp}_norm`, x, normed));
+      add(linear(`${attn}.proj`, round(attended, width)));
+      scale = normalised(`${mlp}_norm`);
+      const inner = linear(`${mlp}.up`, scale);
       if (config.mlp === 'swiglu') {
-        const gate = linear(`${mlp}.gate`, scale), e = floats(chances, gate.length);
-        kernel.exponentials(y, chances, up(gate.length, 4), 0, -1);
-        for (let i = 0; i < gate.length; i++) hidden[i] = gate[i] / (1 + e[i]);
-        linear(`${mlp}.up`, scale).forEach((value, i) => hidden[i] *= value);
+        linear(`${mlp}.gate`, scale, gate);
+        kernel.gated(gate, y, hidden, up(inner.length, 4));
       } else {
-        linear(`${mlp}.up`, scale).forEach((value, i) => hidden[i] = activation(value));
+        for (let i = 0; i < inner.length; i++) float[hidden / 4 + i] = activation(inner[i]);
       }
-      add(linear(`${mlp}.proj`, round(hidden)));
+      add(linear(`${mlp}.proj`, round(hidden, inner.length)));
     }
-    return wanted ? product(head, round(norm('norm', x, normed))) : null;
+    return wanted ? product(head, normalised('norm')) : null;
   }
 
   // Draws a token by the logits: {id, p, others}: its share of all at temperature 1, and [id, p] of the four

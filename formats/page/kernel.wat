@@ -52,13 +52,78 @@
       (br_if $four_rows (i32.lt_u
         (local.tee $y (i32.add (local.get $y) (i32.const 16))) (local.get $end)))))
 
-  ;; out[t] = q . keys[t]: `count` keys of `bytes` bytes, `stride` bytes apart
-  (func (export "scores")
-    (param $q i32) (param $key i32) (param $out i32) (param $count i32) (param $stride i32) (param $bytes i32)
-    (local $end i32) (local $i i32) (local $sum v128)
-    (local.set $end (i32.add (local.get $out) (i32.shl (local.get $count) (i32.const 2))))
+  ;; The sum of four numbers
+  (func $sum (param $x v128) (result f32)
+    (f32.add
+      (f32.add (f32x4.extract_lane 0 (local.get $x)) (f32x4.extract_lane 1 (local.get $x)))
+      (f32.add (f32x4.extract_lane 2 (local.get $x)) (f32x4.extract_lane 3 (local.get $x)))))
+
+  ;; exp of four numbers: a power of 2, that of the nearest integer by the exponent's bits, that of the rest
+  ;; by a polynomial, which is off by 3e-7 of it at most
+  (func $exp (param $x v128) (result v128)
+    (local $whole v128)
+    (local.set $x (f32x4.mul (local.get $x) (f32x4.splat (f32.const 1.4426950408889634))))
+    (local.set $x (f32x4.max (f32x4.splat (f32.const -126))
+      (f32x4.min (f32x4.splat (f32.const 126)) (local.get $x))))
+    (local.set $whole (f32x4.nearest (local.get $x)))
+    (local.set $x (f32x4.sub (local.get $x) (local.get $whole)))
+    (i32x4.add
+      (i32x4.shl (i32x4.trunc_sat_f32x4_s (local.get $whole)) (i32.const 23))
+      (f32x4.add (f32x4.splat (f32.const 1.0)) (f32x4.mul (local.get $x)
+        (f32x4.add (f32x4.splat (f32.const 0.6931472)) (f32x4.mul (local.get $x)
+          (f32x4.add (f32x4.splat (f32.const 0.24022651)) (f32x4.mul (local.get $x)
+            (f32x4.add (f32x4.splat (f32.const 0.05550411)) (f32x4.mul (local.get $x)
+              (f32x4.add (f32x4.splat (f32.const 0.009618129)) (f32x4.mul (local.get $x)
+                (f32x4.splat (f32.const 0.0013333558))))))))))))))
+
+  ;; out (int16) = x / scale, `count` (of 8) numbers, as integers up to `levels`; returns the scale
+  (func (export "round") (param $x i32) (param $out i32) (param $count i32) (param $levels f32) (result f32)
+    (local $end i32) (local $at i32) (local $most v128) (local $factor f32)
+    (local.set $end (i32.add (local.get $x) (i32.shl (local.get $count) (i32.const 2))))
+    (local.set $at (local.get $x))
+    (loop $four
+      (local.set $most (f32x4.max (local.get $most) (f32x4.abs (v128.load (local.get $at)))))
+      (br_if $four (i32.lt_u
+        (local.tee $at (i32.add (local.get $at) (i32.const 16))) (local.get $end))))
+    (local.set $factor (f32.min (f32.const 1e30) (f32.div (local.get $levels) (f32.max  ;; 1e30 for zeros
+      (f32.max (f32x4.extract_lane 0 (local.get $most)) (f32x4.extract_lane 1 (local.get $most)))
+      (f32.max (f32x4.extract_lane 2 (local.get $most)) (f32x4.extract_lane 3 (local.get $most)))))))
+    (loop $eight
+      (v128.store (local.get $out) (i16x8.narrow_i32x4_s
+        (i32x4.trunc_sat_f32x4_s (f32x4.nearest (f32x4.mul
+          (v128.load (local.get $x)) (f32x4.splat (local.get $factor)))))
+        (i32x4.trunc_sat_f32x4_s (f32x4.nearest (f32x4.mul
+          (v128.load offset=16 (local.get $x)) (f32x4.splat (local.get $factor)))))))
+      (local.set $out (i32.add (local.get $out) (i32.const 16)))
+      (br_if $eight (i32.lt_u
+        (local.tee $x (i32.add (local.get $x) (i32.const 32))) (local.get $end))))
+    (f32.div (f32.const 1) (local.get $factor)))
+
+  ;; out = gate / (1 + exp(-gate)) * up, `count` (of 4) numbers
+  (func (export "gated") (param $gate i32) (param $up i32) (param $out i32) (param $count i32)
+    (local $end i32)
+    (local.set $end (i32.add (local.get $gate) (i32.shl (local.get $count) (i32.const 2))))
+    (loop $four
+      (v128.store (local.get $out) (f32x4.mul (v128.load (local.get $up)) (f32x4.div
+        (v128.load (local.get $gate)) (f32x4.add (f32x4.splat (f32.const 1))
+          (call $exp (f32x4.neg (v128.load (local.get $gate))))))))
+      (local.set $up (i32.add (local.get $up) (i32.const 16)))
+      (local.set $out (i32.add (local.get $out) (i32.const 16)))
+      (br_if $four (i32.lt_u
+        (local.tee $gate (i32.add (local.get $gate) (i32.const 16))) (local.get $end)))))
+
+  ;; out = sum over t of softmax(q . keys[t]) values[t], of one head: `count` keys and values of `bytes`
+  ;; bytes, `stride` bytes apart. shares: room for `count` + 4 numbers
+  (func (export "attend")
+    (param $q i32) (param $key i32) (param $value i32) (param $shares i32) (param $out i32)
+    (param $count i32) (param $stride i32) (param $bytes i32)
+    (local $end i32) (local $at i32) (local $i i32) (local $from i32)
+    (local $most f32) (local $score f32) (local $part v128) (local $sum v128)
+    (local.set $end (i32.add (local.get $shares) (i32.shl (local.get $count) (i32.const 2))))
+    (local.set $most (f32.const -inf))
+    (local.set $at (local.get $shares))
     (loop $keys
-      (local.set $sum (v128.const f32x4 0 0 0 0))
+      (local.set $sum (v128.const i32x4 0 0 0 0))
       (local.set $i (i32.const 0))
       (loop $four
         (local.set $sum (f32x4.add (local.get $sum) (f32x4.mul
@@ -66,31 +131,36 @@
           (v128.load (i32.add (local.get $key) (local.get $i))))))
         (br_if $four (i32.lt_u
           (local.tee $i (i32.add (local.get $i) (i32.const 16))) (local.get $bytes))))
-      (f32.store (local.get $out) (f32.add
-        (f32.add (f32x4.extract_lane 0 (local.get $sum)) (f32x4.extract_lane 1 (local.get $sum)))
-        (f32.add (f32x4.extract_lane 2 (local.get $sum)) (f32x4.extract_lane 3 (local.get $sum)))))
+      (f32.store (local.get $at) (local.tee $score (call $sum (local.get $sum))))
+      (local.set $most (f32.max (local.get $most) (local.get $score)))
       (local.set $key (i32.add (local.get $key) (local.get $stride)))
       (br_if $keys (i32.lt_u
-        (local.tee $out (i32.add (local.get $out) (i32.const 4))) (local.get $end)))))
-
-  ;; out = sum over t of share[t] * values[t]
-  (func (export "mix")
-    (param $share i32) (param $values i32) (param $out i32) (param $count i32) (param $stride i32)
-    (param $bytes i32)
-    (local $i i32) (local $at i32) (local $value i32) (local $end i32) (local $sum v128)
-    (local.set $end (i32.add (local.get $share) (i32.shl (local.get $count) (i32.const 2))))
-    (loop $four
-      (local.set $sum (v128.const f32x4 0 0 0 0))
-      (local.set $at (local.get $share))
-      (local.set $value (i32.add (local.get $values) (local.get $i)))
-      (loop $shares
+        (local.tee $at (i32.add (local.get $at) (i32.const 4))) (local.get $end))))
+    (v128.store (local.get $end) (f32x4.splat (f32.const -inf)))  ;; up to three more make four
+    (local.set $sum (v128.const i32x4 0 0 0 0))
+    (local.set $at (local.get $shares))
+    (loop $scores
+      (local.set $part (call $exp
+        (f32x4.sub (v128.load (local.get $at)) (f32x4.splat (local.get $most)))))
+      (v128.store (local.get $at) (local.get $part))
+      (local.set $sum (f32x4.add (local.get $sum) (local.get $part)))
+      (br_if $scores (i32.lt_u
+        (local.tee $at (i32.add (local.get $at) (i32.const 16))) (local.get $end))))
+    (local.set $score (f32.div (f32.const 1) (call $sum (local.get $sum))))
+    (local.set $i (i32.const 0))
+    (loop $four_of_a_value
+      (local.set $sum (v128.const i32x4 0 0 0 0))
+      (local.set $at (local.get $shares))
+      (local.set $from (i32.add (local.get $value) (local.get $i)))
+      (loop $values
         (local.set $sum (f32x4.add (local.get $sum) (f32x4.mul
-          (v128.load32_splat (local.get $at)) (v128.load (local.get $value)))))
-        (local.set $value (i32.add (local.get $value) (local.get $stride)))
-        (br_if $shares (i32.lt_u
+          (v128.load32_splat (local.get $at)) (v128.load (local.get $from)))))
+        (local.set $from (i32.add (local.get $from) (local.get $stride)))
+        (br_if $values (i32.lt_u
           (local.tee $at (i32.add (local.get $at) (i32.const 4))) (local.get $end))))
-      (v128.store (i32.add (local.get $out) (local.get $i)) (local.get $sum))
-      (br_if $four (i32.lt_u
+      (v128.store (i32.add (local.get $out) (local.get $i))
+        (f32x4.mul (local.get $sum) (f32x4.splat (local.get $score))))
+      (br_if $four_of_a_value (i32.lt_u
         (local.tee $i (i32.add (local.get $i) (i32.const 16))) (local.get $bytes)))))
 
   ;; The sum of those of x, `count` (of 4) numbers, that are larger than `least`
@@ -103,38 +173,19 @@
         (f32x4.gt (local.get $part) (f32x4.splat (local.get $least))))))
       (br_if $four (i32.lt_u
         (local.tee $x (i32.add (local.get $x) (i32.const 16))) (local.get $end))))
-    (f32.add
-      (f32.add (f32x4.extract_lane 0 (local.get $sum)) (f32x4.extract_lane 1 (local.get $sum)))
-      (f32.add (f32x4.extract_lane 2 (local.get $sum)) (f32x4.extract_lane 3 (local.get $sum)))))
+    (call $sum (local.get $sum)))
 
-  ;; out = exp(factor * (x - most)), `count` (of 4) numbers; returns their sum. exp is a power of 2: of the
-  ;; nearest integer by the exponent's bits, of the rest by a polynomial that is off by 3e-7 at most.
+  ;; out = exp(factor * (x - most)), `count` (of 4) numbers; returns their sum
   (func (export "exponentials")
     (param $x i32) (param $out i32) (param $count i32) (param $most f32) (param $factor f32) (result f32)
-    (local $end i32) (local $sum v128) (local $power v128) (local $whole v128)
+    (local $end i32) (local $sum v128) (local $part v128)
     (local.set $end (i32.add (local.get $x) (i32.shl (local.get $count) (i32.const 2))))
-    (local.set $factor (f32.mul (local.get $factor) (f32.const 1.4426950408889634)))
     (loop $four
-      (local.set $power (f32x4.mul
-        (f32x4.sub (v128.load (local.get $x)) (f32x4.splat (local.get $most)))
-        (f32x4.splat (local.get $factor))))
-      (local.set $power (f32x4.max (v128.const f32x4 -126 -126 -126 -126)
-        (f32x4.min (v128.const f32x4 126 126 126 126) (local.get $power))))
-      (local.set $whole (f32x4.nearest (local.get $power)))
-      (local.set $power (f32x4.sub (local.get $power) (local.get $whole)))
-      (local.set $power (i32x4.add
-        (i32x4.shl (i32x4.trunc_sat_f32x4_s (local.get $whole)) (i32.const 23))
-        (f32x4.add (f32x4.splat (f32.const 1.0)) (f32x4.mul (local.get $power)
-          (f32x4.add (f32x4.splat (f32.const 0.6931472)) (f32x4.mul (local.get $power)
-            (f32x4.add (f32x4.splat (f32.const 0.24022651)) (f32x4.mul (local.get $power)
-              (f32x4.add (f32x4.splat (f32.const 0.05550411)) (f32x4.mul (local.get $power)
-                (f32x4.add (f32x4.splat (f32.const 0.009618129)) (f32x4.mul (local.get $power)
-                  (f32x4.splat (f32.const 0.0013333558))))))))))))))
-      (v128.store (local.get $out) (local.get $power))
-      (local.set $sum (f32x4.add (local.get $sum) (local.get $power)))
+      (local.set $part (call $exp (f32x4.mul (f32x4.splat (local.get $factor))
+        (f32x4.sub (v128.load (local.get $x)) (f32x4.splat (local.get $most))))))
+      (v128.store (local.get $out) (local.get $part))
+      (local.set $sum (f32x4.add (local.get $sum) (local.get $part)))
       (local.set $out (i32.add (local.get $out) (i32.const 16)))
       (br_if $four (i32.lt_u
         (local.tee $x (i32.add (local.get $x) (i32.const 16))) (local.get $end))))
-    (f32.add
-      (f32.add (f32x4.extract_lane 0 (local.get $sum)) (f32x4.extract_lane 1 (local.get $sum)))
-      (f32.add (f32x4.extract_lane 2 (local.get $sum)) (f32x4.extract_lane 3 (local.get $sum))))))
+    (call $sum (local.get $sum))))

@@ -1,4 +1,4 @@
-"""A headless Chromium that tests look into and use as a person would: keys, a mouse, a finger.
+"""A headless Chromium that tests and bench.py look into and use as a person would: keys, a mouse, a finger.
 
 It is driven by the DevTools protocol over two pipes, its file descriptors 3 and 4: JSON, a NUL behind each
 message.
@@ -14,6 +14,8 @@ import tempfile
 import time
 from contextlib import suppress
 
+from errors import UserError
+
 PROGRAM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 CODES = {'Backspace': 8, 'Tab': 9, 'Enter': 13, 'Escape': 27, ' ': 32, 'ArrowLeft': 37, 'ArrowRight': 39}
 TEXTS = {'Enter': '\r', ' ': ' '}
@@ -26,6 +28,8 @@ class Browser:
     `complaints` what would stand in the console."""
 
     def __init__(self):
+        if not PROGRAM:
+            raise UserError('there is no Chromium here: install chromium, or Google Chrome')
         self.profile = tempfile.mkdtemp()
         theirs, self.to = os.pipe()
         self.from_, ours = os.pipe()
