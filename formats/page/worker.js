@@ -2,6 +2,7 @@
 'use strict';
 
 let about, tokenizer, model, stopped;
+const decoder = new TextDecoder();
 const bytesOf = base64 => Uint8Array.fromBase64?.(base64) ??
   Uint8Array.from(atob(base64), letter => letter.charCodeAt(0));
 const turn = new MessageChannel();  // in a turn of the event loop, messages such as `stop` come in
@@ -30,7 +31,7 @@ async function write({prompt, first, last, temperature, topP, seed, length}) {
   const ids = middle ? infillPrompt(tokenizer, first, last) : head, room = about.blockSize - ids.length + 1;
   if (room < 1)
     throw Error(`That is ${ids.length} tokens; the model reads no more than ${about.blockSize}. Shorten it.`);
-  const text = growing(tokenizer), alone = id => new TextDecoder().decode(tokenizer.pieceBytes(id));
+  const text = growing(tokenizer), alone = id => decoder.decode(tokenizer.pieceBytes(id));
   const most = middle ? Math.min(length, room) : length, begun = performance.now();
   let pieces = head.map(id => [text.add(id), null, []]), shown = begun, written = 0, reason = '';
   const settings = {suppress: [blank, ending], temperature, topP, seed, length: most};
