@@ -110,11 +110,17 @@ function makeModel(config, tensors, bytes, wasm) {
     if (bias) for (let i = 0; i < result.length; i++) result[i] += bias[i];
     return result;
   }
-  const linear = (name, xScale, out) =>
-    product(matrices[`${name}.weight`], xScale, out, vectors[`${name}.bias`]);
+  const part = name => ({  // a linear layer or a norm
+    matrix: matrices[`${name}.weight`], weight: vectors[`${name}.weight`], bias: vectors[`${name}.bias`]});
+  const blocks = keys.map((_, layer) => {
+    const names = ['attn_norm', 'attn.q', 'attn.k', 'attn.v', 'attn.q_norm', 'attn.k_norm', 'attn.proj',
+      'mlp_norm', 'mlp.gate', 'mlp.up', 'mlp.proj'];
+    return Object.fromEntries(names.map(name => [name, part(`blocks.${layer}.${name}`)]));
+  });
+  const lastNorm = part('norm'), linear = ({matrix, bias}, xScale, out) => product(matrix, xScale, out, bias);
 
-  function norm(name, x, out = x) {
-    const weight = vectors[`${name}.weight`], bias = vectors[`${name}.bias`], n = x.length;
+  function norm({weight, bias}, x, out = x) {
+    const n = x.length;
     let mean = 0, squares = 0;
     if (config.norm === 'layer') {
       for (let i = 0; i < n; i++) mean += x[i];
@@ -130,20 +136,19 @@ function makeModel(config, tensors, bytes, wasm) {
     return [Float32Array.from(angle, Math.cos), Float32Array.from(angle, Math.sin)];
   });
   // Copies heads of x, headWidth apart, to `to`, headBytes apart; normalised and rotated as the model has it.
-  function place(x, to, t, name, factor = 1) {
-    for (let from = 0; from < x.length; from += headWidth, to += headBytes) {
-      const one = float.subarray(to / 4, to / 4 + headWidth);
-      one.set(x.subarray(from, from + headWidth));
-      if (name && config.qk_norm) norm(name, one);
-      if (name && config.position === 'rope') {
+  function place(x, to, t, ownNorm, factor = 1) {
+    for (let from = 0, at = to / 4; from < x.length; from += headWidth, at += headBytes / 4) {
+      for (let i = 0; i < headWidth; i++) float[at + i] = x[from + i];
+      if (ownNorm && config.qk_norm) norm(ownNorm, float.subarray(at, at + headWidth));
+      if (ownNorm && config.position === 'rope') {
         const [cos, sin] = rotation[t], half = headWidth / 2;
         for (let i = 0; i < half; i++) {
-          const a = one[i], b = one[i + half];
-          one[i] = a * cos[i] - b * sin[i];
-          one[i + half] = b * cos[i] + a * sin[i];
+          const a = float[at + i], b = float[at + half + i];
+          float[at + i] = a * cos[i] - b * sin[i];
+          float[at + half + i] = b * cos[i] + a * sin[i];
         }
       }
-      for (let i = 0; i < headWidth; i++) one[i] *= factor;
+      for (let i = 0; i < headWidth; i++) float[at + i] *= factor;
     }
   }
   function attend(layer, count) {
@@ -161,8 +166,8 @@ function makeModel(config, tensors, bytes, wasm) {
   function add(more) {
     for (let i = 0; i < width; i++) stream[i] += more[i];
   }
-  function normalised(name) {  // the stream; returns its scale as `round` does
-    norm(name, stream, floats(normed, width));
+  function normalised(norms) {  // the stream; returns its scale as `round` does
+    norm(norms, stream, floats(normed, width));
     return round(normed, width);
   }
 
@@ -179,24 +184,24 @@ function makeModel(config, tensors, bytes, wasm) {
         stream[i] = stream[i] * Math.sqrt(width) + (i % 2 ? Math.cos : Math.sin)(angle[i >> 1]);
     }
     for (let layer = 0; layer < layers; layer++) {
-      const attn = `blocks.${layer}.attn`, mlp = `blocks.${layer}.mlp`;
-      let scale = normalised(`${attn}_norm`);
-      place(linear(`${attn}.q`, scale), queries, t, `${attn}.q_norm`, 1 / Math.sqrt(headWidth));
-      place(linear(`${attn}.k`, scale), keys[layer] + t * kvBytes, t, `${attn}.k_norm`);
-      place(linear(`${attn}.v`, scale), values[layer] + t * kvBytes, t);
+      const block = blocks[layer];
+      let scale = normalised(block.attn_norm);
+      place(linear(block['attn.q'], scale), queries, t, block['attn.q_norm'], 1 / Math.sqrt(headWidth));
+      place(linear(block['attn.k'], scale), keys[layer] + t * kvBytes, t, block['attn.k_norm']);
+      place(linear(block['attn.v'], scale), values[layer] + t * kvBytes, t);
       attend(layer, t + 1);
-      add(linear(`${attn}.proj`, round(attended, width)));
-      scale = normalised(`${mlp}_norm`);
-      const inner = linear(`${mlp}.up`, scale);
+      add(linear(block['attn.proj'], round(attended, width)));
+      scale = normalised(block.mlp_norm);
+      const inner = linear(block['mlp.up'], scale);
       if (config.mlp === 'swiglu') {
-        linear(`${mlp}.gate`, scale, gate);
+        linear(block['mlp.gate'], scale, gate);
         kernel.gated(gate, y, hidden, up(inner.length, 4));
       } else {
         for (let i = 0; i < inner.length; i++) float[hidden / 4 + i] = activation(inner[i]);
       }
-      add(linear(`${mlp}.proj`, round(hidden, inner.length)));
+      add(linear(block['mlp.proj'], round(hidden, inner.length)));
     }
-    return wanted ? product(head, normalised('norm')) : null;
+    return wanted ? product(head, normalised(lastNorm)) : null;
   }
 
   // Draws a token by the logits: {id, p, others}: its share of all at temperature 1, and [id, p] of the four
