@@ -47,7 +47,7 @@ class HTML(base.Format):
             'tensors': [(name, list(w.shape)) for name, w in tensors.items()],
             'tokenizer': vocabulary(tokenizer)}
         weights = zlib.compress(b''.join(map(packed, tensors.values())), 9)
-        path.write_text(assembled(about, engine(), base64.b64encode(weights).decode()), 'utf-8')
+        path.write_bytes(assembled(about, engine(), base64.b64encode(weights).decode()).encode())
 
     def read(self, path):
         self.node = subprocess.Popen([node(), '-e', (PARTS / 'check.js').read_text('utf-8'), path], text=True,
