@@ -20,32 +20,38 @@ STORY = [[',', 0.99, [[' there', 0.01], ['.', 0.0004]]], [' Tim', 0.5, [[' Mia',
          ['\n', 0.05, [['\n\n', 0.9]]], ['saw', 0.7, []], ['', 0.6, []], [' a', 1, []], [' dog.', 0.2, []]]
 WHOLE = 'Once upon a time, Tim\nsaw a dog.'
 NUMBERS = {'temperature': '0.8', 'topP': '0.95', 'seed': '1337', 'length': '400'}
+# The worker hears of nothing until release().
+HELD = '''const post = Worker.prototype.postMessage;
+          Worker.prototype.postMessage = function (message) {
+            Worker.prototype.postMessage = post;
+            window.release = () => this.postMessage(message);
+          };'''
 WORKER = r"""
 'use strict';
 let config, timer;
 function load({about, weights}) {
-  config = {loading: 0, pace: 1, atOnce: 1, repeat: 1, perSecond: 98.76, reason: 'end', simd: true,
+  config = {pace: 1, atOnce: 1, repeat: 1, perSecond: 98.76, simd: true, last: {type: 'done', reason: 'end'},
     ...about.config};
   if (config.crash) throw Error(config.crash);
   const error = weights === 'AAECAw==' ? config.damaged : 'other weights';
-  const answer = error ? {type: 'error', message: error} : {type: 'ready', simd: config.simd};
-  setTimeout(() => postMessage(answer), config.loading);
+  postMessage(error ? {type: 'error', message: error} : {type: 'ready', simd: config.simd});
 }
 function write(asked) {
-  if (asked.prompt === 'too long') return postMessage({type: 'error', message: 'The prompt is too long.'});
+  if (asked.prompt + asked.first === 'Too long') return postMessage({type: 'error', message: 'Shorten it.'});
   const given = (asked.first || asked.prompt).split(/(?= )/).map(word => [word, null, []]);
   const story = config.echo ? [[JSON.stringify(asked), 1, []]] : config.story;
   const rest = Array(config.repeat).fill(story).flat();
   postMessage({type: 'pieces', pieces: given, perSecond: 0});
   timer = setInterval(() => {
-    if (!rest.length) return stop({reason: config.reason});
+    if (!rest.length) return end(config.last);
     postMessage({type: 'pieces', pieces: rest.splice(0, config.atOnce), perSecond: config.perSecond});
   }, config.pace);
 }
-function stop({reason = 'stopped'}) {
-  if (timer) postMessage({type: 'done', reason});
+function end(message) {
+  if (timer) postMessage(message);
   timer = clearInterval(timer);
 }
+const stop = () => end({type: 'done', reason: 'stopped'});
 onmessage = ({data}) => ({load, write, stop})[data.type](data);
 """
 
@@ -96,21 +102,36 @@ def asked(window):
     return json.loads(window.js("story.querySelector('.piece').textContent"))
 
 
-def fill(window, field, text):
-    window.click(f'#{field}')
-    window.type(text)
+def fill(window, **texts):
+    for field, text in texts.items():
+        window.click(f'#{field}')
+        window.type(text)
+
+
+def between(page, first, last, **config):
+    """A page that was asked for the middle between two sentences."""
+    window = page(about={'infill': True}, **config)
+    window.click('#middle')
+    fill(window, first=first, last=last)
+    window.press('Enter')
+    return window
+
+
+def tip(window):
+    return window.js("$('tip').textContent")
 
 
 # Before a story
 
 def test_what_stands_in_the_page_is_shown_while_the_model_is_read(page):
-    window = page(loading=300, ready=False)
+    window = page(HELD, ready=False)
     assert window.js("text('status')").startswith('Loading the model')
     assert window.js("[text('title'), document.title, form.prompt.value]") == ['Small stories'] * 2 + [PROMPT]
     assert {name: window.js(f'form.{name}.value') for name in NUMBERS} == NUMBERS
     assert window.js("$('facts').innerText").split('\n') == [
         'parameters', '3,200,000', 'validation loss', '1.23']
     assert not window.js("shown('ways') || shown('slow') || shown('legend')")
+    window.js('release()')
     window.wait("text('status') === 'Ready to write.'")
 
 
@@ -121,18 +142,19 @@ def test_what_is_needed_no_more_is_let_go(page):
 
 
 def test_what_is_asked_while_the_model_is_read_is_written_then(page):
-    window = page(loading=300, ready=False)
+    window = page(HELD, ready=False)
     window.click('#again')
     assert window.js("text('status')").endswith('The story begins as soon as it is there.')
+    window.js('release()')
     assert over(window) == WHOLE and window.js('form.seed.value') == '1338'
 
 
 def test_what_is_asked_while_the_model_is_read_can_be_taken_back(page):
-    window = page(loading=200, ready=False)
+    window = page(HELD, ready=False)
     window.click('#write')
     window.press('Escape')
-    window.wait("text('status') === 'Ready to write.'")
-    assert window.js("text('story')") == ''
+    window.js('release()')
+    assert over(window, 'Ready to write.') == ''
 
 
 @pytest.mark.parametrize('whole', [0.6, 0.999])
@@ -169,11 +191,18 @@ def test_a_browser_without_simd_is_told_of(page):
 @pytest.mark.parametrize('held', [browsers.CTRL, browsers.META])
 def test_ctrl_enter_in_the_prompt_writes(page, held):
     window = page()
-    fill(window, 'prompt', 'Mia')
+    fill(window, prompt='Mia')
     window.press('Enter', held)
     assert over(window) == WHOLE.replace(PROMPT, 'Mia')
     assert window.js("[...story.querySelectorAll('b')].map(b => b.textContent)") == ['Mia']
     assert window.js('form.prompt.value') == 'Mia'  # and no new line
+
+
+def test_ctrl_enter_on_a_button_writes_once(page):
+    window = page(echo=True)
+    window.js("$('again').focus()")
+    window.press('Enter', browsers.CTRL)
+    assert asked(window)['seed'] == 1337 == window.js('form.seed.valueAsNumber')
 
 
 def test_the_prompt_is_bold_and_what_the_model_wrote_is_not(page):
@@ -187,19 +216,20 @@ def test_the_prompt_is_bold_and_what_the_model_wrote_is_not(page):
 
 
 def test_words_appear_as_they_are_written_and_those_before_them_stay(page):
-    window = page(pace=20, repeat=3, perSecond=7.77)
-    window.js("""window.seen = new Set(); window.told = [];
-        new MutationObserver(() => seen.add(story.textContent.length)).observe(story, {childList: true});
+    window = page(pace=5, perSecond=7.77)
+    window.js("""[window.lengths, window.firsts, window.seen, window.told] = [[], new Set(), new Set(), []];
+        new MutationObserver(() => {
+          lengths.push(story.children.length);
+          firsts.add(story.firstChild);
+          seen.add([text('status'), story.ariaBusy, getComputedStyle(story, '::after').content].join());
+        }).observe(story, {childList: true});
         new MutationObserver(() => told.push(text('status'))).observe($('status'), {childList: true});""")
     window.click('#write')
-    window.wait("story.querySelectorAll('.piece').length > 5")
-    window.js('window.first = story.firstChild')
-    assert window.js("[text('status'), story.ariaBusy]") == ['Writing …', 'true']
-    assert window.js("getComputedStyle(story, '::after').content") == '"▍" / ""'
     over(window)
-    assert window.js('first === story.firstChild && seen.size > 15')
+    assert window.js('[...seen]') == ['Writing …,true,"▍" / ""']
+    assert window.js('[lengths, firsts.size]') == [[*range(4, 12)], 1]
     assert window.js('told') == ['Writing …', 'The story is over.']  # which a screen reader reads
-    assert window.js("[text('speed'), story.ariaBusy]") == ['21 tokens, 7.8 a second', 'false']
+    assert window.js("[text('speed'), story.ariaBusy]") == ['7 tokens, 7.8 a second', 'false']
     assert window.js("getComputedStyle(story, '::after').content") == 'none'
 
 
@@ -207,7 +237,7 @@ def test_the_settings_reach_the_worker(page):
     window = page(echo=True)
     typed = {'prompt': ' A\tcat. ', 'temperature': 0.3, 'topP': 1, 'seed': 0, 'length': 1000}
     for field, value in typed.items():
-        fill(window, field, str(value))
+        fill(window, **{field: str(value)})
     window.press('Enter')
     assert asked(window) == {'type': 'write', 'first': '', 'last': ''} | typed
 
@@ -243,9 +273,9 @@ def test_a_story_can_be_stopped(page, how):
 def test_a_story_asked_for_while_one_is_written_takes_its_place_at_once(page):
     window = page(pace=10, repeat=1000)
     window.click('#write')
-    window.wait("story.querySelectorAll('.piece').length > 10")
+    window.wait("!!(window.first = story.querySelector('.piece'))")
     window.click('#again')
-    window.wait("story.querySelectorAll('.piece').length < 10", seconds=1)
+    window.wait("!first.isConnected && !!story.querySelector('.piece')")
     assert window.js("text('story')").startswith(PROMPT) and window.js('form.seed.value') == '1338'
     window.press('Escape')
     over(window, 'Stopped.')
@@ -255,8 +285,8 @@ def test_a_story_asked_for_while_one_is_written_takes_its_place_at_once(page):
     ('length', 'Cut at the length of 7 tokens.'),
     ('context', 'Cut: the model sees 256 tokens at once, and these are full.')])
 def test_a_story_that_was_cut_says_by_what(page, reason, line):
-    window = page(reason=reason)
-    fill(window, 'length', '7')
+    window = page(last={'type': 'done', 'reason': reason})
+    fill(window, length='7')
     window.press('Enter')
     assert over(window, line) == WHOLE
 
@@ -265,13 +295,23 @@ def test_what_the_worker_refuses_is_said_and_the_next_story_is_written(page):
     window = page()
     window.click('#write')
     over(window)
-    fill(window, 'prompt', 'too long')
+    fill(window, prompt='Too long')
     window.click('#write')
-    assert over(window, 'The prompt is too long.') == '' and window.js("text('speed')") == ''
+    assert over(window, 'Shorten it.') == '' and window.js("text('speed')") == ''
     assert window.js("[$('status').className, story.ariaBusy]") == ['wrong', 'false']
-    fill(window, 'prompt', 'Mia')
+    fill(window, prompt='Mia')
     window.click('#write')
     assert over(window).startswith('Mia,') and window.js("$('status').className") == ''
+
+
+def test_a_middle_that_the_worker_refuses_leaves_no_story(page):
+    assert over(between(page, 'Too long', 'Tim ran.'), 'Shorten it.') == ''
+
+
+def test_what_was_written_before_the_model_broke_stays(page):
+    window = page(last={'type': 'error', 'message': 'No memory.'})
+    window.click('#write')
+    assert over(window, 'No memory.') == WHOLE
 
 
 def test_a_window_without_room_shows_the_story_and_its_buttons(page):
@@ -294,7 +334,7 @@ def test_copied_is_the_plain_story(page):
     window.move('.piece')
     window.js('getSelection().selectAllChildren(story)')
     window.press('c', browsers.CTRL)
-    fill(window, 'prompt', '')
+    fill(window, prompt='')
     window.press('v', browsers.CTRL)
     assert window.wait('form.prompt.value') == WHOLE
 
@@ -309,7 +349,7 @@ def test_copied_is_the_plain_story(page):
     ('length', '1001', 'A whole number from 1 to 1000.')])
 def test_a_wrong_number_is_told_of_beside_its_field_and_nothing_is_written(page, field, typed, line):
     window = page()
-    fill(window, field, typed)
+    fill(window, **{field: typed})
     window.click('#again')
     lines = window.js("[...document.querySelectorAll('.wrong')].map(node => node.textContent)")
     assert ''.join(lines) == line
@@ -328,11 +368,7 @@ def test_a_wrong_number_is_told_of_beside_its_field_and_nothing_is_written(page,
 
 @pytest.mark.parametrize('missing', ['first', 'last'])
 def test_a_middle_needs_both_sentences(page, missing):
-    window = page(about={'infill': True})
-    window.click('#middle')
-    for field in 'first', 'last':
-        fill(window, field, ' ' if field == missing else 'Tim ran.')
-    window.press('Enter')
+    window = between(page, **{'first': 'Tim ran.', 'last': 'Tim ran.'} | {missing: ' '})
     assert window.js(f"text('{missing}-wrong')") == 'A middle needs both sentences.'
     assert window.js("document.querySelectorAll('[aria-invalid=true]').length") == 1
     assert window.js("[document.activeElement.id, text('story')]") == [missing, '']
@@ -341,7 +377,7 @@ def test_a_middle_needs_both_sentences(page, missing):
 # A middle between two sentences
 
 def test_a_middle_is_written_between_two_sentences_by_keys_alone(page):
-    window = page(about={'infill': True}, pace=20)
+    window = page(about={'infill': True}, pace=60)
     window.press('Tab')
     assert window.js("shown('prompt') && !shown('first')")
     window.press('ArrowRight')
@@ -350,8 +386,8 @@ def test_a_middle_is_written_between_two_sentences_by_keys_alone(page):
         window.press('Tab')
         window.type(sentence)
     window.press('Enter')
-    window.wait("!!story.querySelector('.piece')")
-    assert window.js('story.lastChild.textContent') == 'Tim slept.'  # it stands there from the beginning
+    assert window.wait("""story.querySelector('.piece') && [  // both ends stand there from the beginning
+        story.firstChild, story.lastChild].map(node => node.textContent)""") == ['Tim', 'Tim slept.']
     assert window.js("getComputedStyle(story.lastChild, '::before').content") == '"▍" / ""'
     assert over(window) == 'Tim ran., Tim\nsaw a dog. Tim slept.'
     bold = window.js("[...story.querySelectorAll('b')].map(b => b.textContent).join('|')")
@@ -359,11 +395,7 @@ def test_a_middle_is_written_between_two_sentences_by_keys_alone(page):
 
 
 def test_the_sentences_reach_the_worker_and_only_if_they_are_asked_for(page):
-    window = page(about={'infill': True}, echo=True)
-    window.click('#middle')
-    fill(window, 'first', ' Tim ran. ')
-    fill(window, 'last', ' Tim slept. ')
-    window.click('#write')
+    window = between(page, ' Tim ran. ', ' Tim slept. ', echo=True)
     message = asked(window)
     assert [message[key] for key in ('prompt', 'first', 'last')] == ['', 'Tim ran.', 'Tim slept.']
     window.js('story.replaceChildren()')
@@ -374,48 +406,40 @@ def test_the_sentences_reach_the_worker_and_only_if_they_are_asked_for(page):
 
 
 def test_a_middle_has_one_space_before_the_last_sentence(page):
-    window = page(about={'infill': True}, story=[[' He fell.\n\n', 0.5, []]])
-    window.click('#middle')
-    for field in 'first', 'last':
-        fill(window, field, 'Tim ran.')
-    window.press('Enter')
+    window = between(page, 'Tim ran.', 'Tim ran.', story=[[' He fell.\n\n', 0.5, []]])
     assert over(window) == 'Tim ran. He fell.\n\nTim ran.'
 
 
 # Colours and the tip
 
-def heats(window):
-    return window.js("""[...story.querySelectorAll('.piece')].map(node => getComputedStyle(node))
-        .map(({backgroundColor, borderBottomWidth}) => [backgroundColor, borderBottomWidth])""")
-
-
 def test_the_switch_colours_what_is_written_and_what_will_be(page):
-    window = page(pace=15, repeat=2)
-    window.js("$('colours').focus()")
+    plain = {('rgba(0, 0, 0, 0)', '0px', 'none', 'null', -1)}
+    drawn = """[...story.querySelectorAll('.piece')].map(node => [getComputedStyle(node).backgroundColor,
+        getComputedStyle(node).borderBottomWidth, getComputedStyle(node, '::before').content,
+        String(node.role), node.tabIndex])"""
+    window = page(pace=15, repeat=100)
     window.click('#write')
     window.wait("story.querySelectorAll('.piece').length >= 3")
-    assert window.js("!shown('legend') && !story.querySelector('[tabindex], [role]')")
-    assert set(map(tuple, heats(window))) == {('rgba(0, 0, 0, 0)', '0px')}
-    window.js("$('colours').focus()")
+    assert {*map(tuple, window.js(drawn))} == plain and not window.js("shown('legend')")
+    window.js("colours.focus(); window.before = story.querySelectorAll('.piece').length")
     window.press(' ')
-    assert window.js("story.ariaBusy === 'true' && shown('legend')")
-    over(window)
-    drawn = heats(window)
-    expected = window.js("""[0.99, 0.5, 0.05, 0.7, 0.6, 1, 0.2].map(p => {
+    window.wait("shown('legend') && story.querySelectorAll('.piece').length > before + 7")
+    window.press('Escape')
+    over(window, 'Stopped.')
+    heats = window.js("""[0.99, 0.5, 0.05, 0.7, 0.6, 1, 0.2].map(p => {
         const node = document.querySelector('.swatch').cloneNode();
         node.style.setProperty('--heat', `${90 * (1 - p)}%`);
         document.body.append(node);
         return getComputedStyle(node).backgroundColor;
     })""")
-    assert [heat for heat, _ in drawn] == 2 * expected and len(set(expected)) == 7
-    assert [width for _, width in drawn] == 2 * ['0px', '0px', '2px', '0px', '0px', '0px', '0px']
-    signs = window.js("[...story.children].map(node => getComputedStyle(node, '::before').content)")
-    assert signs[4:] == 2 * ['none', 'none', '"↵" / ""', 'none', '"◌" / ""', 'none', 'none']
-    assert window.js("[...story.children].map(node => [node.role, node.tabIndex])") == [
-        *4 * [[None, -1]], ['button', 0], *13 * [['button', -1]]]
+    signs = {2: '"↵" / ""', 4: '"◌" / ""'}
+    expected = [[heat, '2px' if i == 2 else '0px', signs.get(i, 'none'), 'button', -1]
+                for i, heat in enumerate(heats)]
+    pieces = window.js(drawn)
+    assert pieces[0] == [*expected[0][:-1], 0] and pieces[1:] == (100 * expected)[1:len(pieces)]
+    assert len(set(heats)) == 7
     window.press(' ')
-    assert set(map(tuple, heats(window))) == {('rgba(0, 0, 0, 0)', '0px')}
-    assert window.js("!shown('legend') && !story.querySelector('[tabindex], [role]')")
+    assert {*map(tuple, window.js(drawn))} == plain and not window.js("shown('legend')")
 
 
 def coloured(page, **config):
@@ -429,36 +453,32 @@ def coloured(page, **config):
 def test_the_tip_follows_the_mouse(page):
     window = coloured(page)
     window.move('.piece')
-    assert window.js("$('tip').textContent") == ',: 99 %\nor ␣there: 1.0 %\nor .: 0.0 %'
-    token, tip = (window.js(f'{node}.getBoundingClientRect().toJSON()')
+    assert tip(window) == ',: 99 %\nor ␣there: 1.0 %\nor .: 0.0 %'
+    token, box = (window.js(f'{node}.getBoundingClientRect().toJSON()')
                   for node in ("document.querySelector('.piece')", "$('tip')"))
-    assert tip['left'] == token['left'] and tip['top'] == token['bottom'] + 4
+    assert box['left'] == token['left'] and box['top'] == token['bottom'] + 4
     window.move('.piece', 2)
-    assert window.js("$('tip').textContent") == '↵: 5.0 %\nor ↵↵: 90 %'
+    assert tip(window) == '↵: 5.0 %\nor ↵↵: 90 %'
     window.move('.piece', 4)
-    assert window.js("$('tip').textContent") == '(part of a character): 60 %'
+    assert tip(window) == '(part of a character): 60 %'
     window.move('#story b')
-    assert window.js("$('tip').textContent") == '' and not window.js("shown('tip')")
+    assert tip(window) == '' and not window.js("shown('tip')")
     window.move('.piece')
     window.press('Escape')
-    assert window.js("$('tip').textContent") == ''
-
-
-def test_without_colours_there_is_no_tip(page):
-    window = coloured(page)
-    window.click('#colours')
-    window.move('.piece')
-    assert window.js("$('tip').textContent") == ''
+    assert tip(window) == ''
 
 
 def test_the_tip_goes_with_the_switch_and_with_the_next_story(page):
     window = coloured(page, pace=20)
-    for end in 'colours.click(); colours.click()', 'form.requestSubmit()':
+    for end in 'form.requestSubmit()', 'colours.click()':
         window.move('.piece')
-        assert window.js("$('tip').textContent")
+        assert tip(window)
         window.js(end)
-        assert not window.js("$('tip').textContent")
+        assert not tip(window)
         window.move('#title')
+        window.wait("story.querySelector('.piece') && story.ariaBusy === 'false'")
+    window.move('.piece')
+    assert not tip(window)
 
 
 def test_arrow_keys_go_from_token_to_token_and_tab_comes_back_to_where_one_was(page):
@@ -474,7 +494,7 @@ def test_arrow_keys_go_from_token_to_token_and_tab_comes_back_to_where_one_was(p
     window.press('ArrowLeft')
     assert window.js(focused) == [' a', '␣a']
     window.press('Tab', browsers.SHIFT)
-    assert window.js('document.activeElement === colours') and not window.js("$('tip').textContent")
+    assert window.js('document.activeElement === colours') and not tip(window)
     window.press('Tab')
     assert window.js(focused) == [' a', '␣a']
     window.press('ArrowLeft', times=9)
@@ -490,11 +510,16 @@ def test_a_finger_brings_the_tip_and_takes_it_away(page):
         window.wait(f"$('tip').textContent.startsWith({name + ':'!r})")
     window.tap('#heading')
     window.wait("$('tip').textContent === ''")
+    window.js("addEventListener('pointerdown', () => { window.down = true; })")
+    window.touch('.piece')  # it may be about to scroll
+    window.wait('window.down')
+    assert tip(window) == ''
+    window.lift()
 
 
 def test_the_tip_stays_in_the_window(page):
     long = [[' a', 0.5, [['x' * 60, 0.1]] * 4]]
-    window = coloured(page, story=long, repeat=500)
+    window = coloured(page, story=long, repeat=500, atOnce=50)
     window.look(390, 600)
     for nth in (0, 200, 203, 206, 480):
         window.move('.piece', nth)
@@ -515,8 +540,7 @@ def test_markup_is_text(page):
     window.move('.piece')
     assert EVIL.replace(' ', '␣') in window.js("text('tip')")
     window.click('#middle')
-    for field in 'first', 'last':
-        fill(window, field, EVIL)
+    fill(window, first=EVIL, last=EVIL)
     window.press('Enter')
     assert over(window).endswith(' ' + EVIL)
     assert window.js("[text('title'), document.title, text('facts')]") == [EVIL, EVIL, EVIL * 2]
@@ -573,12 +597,13 @@ def test_it_is_dark_where_all_is_dark(page):
 
 
 def test_nothing_blinks_for_those_who_want_no_motion(page):
-    window = page(pace=100)
+    window = page(pace=20, repeat=100)
     window.click('#write')
     for still, name in (False, 'blink'), (True, 'none'):
         window.look(still=still)
         assert window.js("getComputedStyle(story, '::after').animationName") == name
-    over(window)
+    window.press('Escape')
+    over(window, 'Stopped.')
 
 
 def test_a_thousand_tokens_are_shown_as_fast_as_they_come(page):
@@ -587,5 +612,5 @@ def test_a_thousand_tokens_are_shown_as_fast_as_they_come(page):
     window.js('window.start = performance.now()')
     window.click('#write')
     over(window)
-    assert window.js('performance.now() - start') < 2500
+    assert window.js('performance.now() - start') < 4000
     assert window.js('story.children.length') == 1004

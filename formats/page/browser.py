@@ -189,7 +189,13 @@ class Browser:
         for what in 'mousePressed', 'mouseReleased':
             self.send('Input.dispatchMouseEvent', type=what, **at)
 
-    def tap(self, selector, nth=0):
-        """With a finger."""
+    def touch(self, selector, nth=0):
+        """Put a finger there."""
         self.send('Input.dispatchTouchEvent', type='touchStart', touchPoints=[self.place(selector, nth)])
+
+    def tap(self, selector, nth=0):
+        self.touch(selector, nth)
+        self.lift()
+
+    def lift(self):
         self.send('Input.dispatchTouchEvent', type='touchEnd', touchPoints=[])
