@@ -131,6 +131,7 @@ def test_what_stands_in_the_page_is_shown_while_the_model_is_read(page):
     assert window.js("$('facts').innerText").split('\n') == [
         'parameters', '3,200,000', 'validation loss', '1.23']
     assert not window.js("shown('ways') || shown('slow') || shown('legend')")
+    assert window.js("$('stop').ariaDisabled") == 'true'
     window.js('release()')
     window.wait("text('status') === 'Ready to write.'")
 
@@ -437,7 +438,9 @@ def test_the_switch_colours_what_is_written_and_what_will_be(page):
                 for i, heat in enumerate(heats)]
     pieces = window.js(drawn)
     assert pieces[0] == [*expected[0][:-1], 0] and pieces[1:] == (100 * expected)[1:len(pieces)]
-    assert len(set(heats)) == 7
+    legend = window.js(
+        "[...legend.querySelectorAll('.swatch')].map(node => getComputedStyle(node).backgroundColor)")
+    assert legend[:2] == [heats[5], heats[1]] and len({*heats, *legend}) == 8
     window.press(' ')
     assert {*map(tuple, window.js(drawn))} == plain and not window.js("shown('legend')")
 
@@ -563,6 +566,7 @@ def test_every_field_has_a_name_for_a_screen_reader(page):
     window.click('#middle')
     fields = fields - {'How the story begins'} | {'First sentence', 'Last sentence'}
     assert {name for role, name, _ in window.heard() if role in roles} == fields
+    assert ('button', 'Again', 'Again takes the next seed.') in window.heard()
     live = "[...document.querySelectorAll('[aria-live], [role=status]')].map(node => node.id)"
     assert window.js(live) == ['status', 'tip']  # and not the story
 
