@@ -179,7 +179,11 @@ def test_a_model_that_cannot_start_says_why_and_has_no_form(page, config, line):
 def test_a_worker_that_fails_says_why(page):
     window = page(ready=False, crash='no memory')
     window.wait("text('status').endsWith('failed: Uncaught Error: no memory')")
-    assert window.complaints and not window.js("shown('form')")
+    assert not window.js("shown('form')")
+    for _ in range(500):  # what the console has may come later
+        if not window.complaints:
+            window.js('new Promise(done => setTimeout(done, 10))')
+    assert window.complaints
     window.complaints = []
 
 
