@@ -73,9 +73,9 @@ def assembled(about, worker, weights):
     """The page as text. about: plain values; worker: the script that runs beside it; weights: in base64."""
     script = (PARTS / 'page.js').read_text('utf-8')
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    marks = {
+    marks = {  # the last two are not of those that default-src stands for
         'CSP': f"default-src 'none'; script-src 'sha256-{digest}' 'wasm-unsafe-eval'; worker-src blob:; "
-               "style-src 'unsafe-inline'",
+               "style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'",
         'ABOUT': json.dumps(about, ensure_ascii=False, separators=(',', ':')).replace('<', '\\u003c'),
         'WORKER': worker, 'PAGE': script, 'WEIGHTS': weights}
     html = (PARTS / 'page.html').read_text('utf-8')
