@@ -219,11 +219,10 @@ def sample():
 
 def beside_llamacpp(folder):
     """The same weights in 8 bits on both sides, drawn from the 40 likeliest tokens, then greedy."""
-    sides = {}
+    sides, model = {}, random_model()
     for name, temperature, top_k in ('top_k 40', 0.8, 40), ('greedy', 0.0, 0):
         sides[f'int8, {name}'] = partial(we_write, 'int8', temperature=temperature, top_k=top_k)
-        sides[f'llama.cpp, {name}'] = partial(llamacpp_writes, folder, random_model(), _TOKENS, temperature,
-                                              top_k)
+        sides[f'llama.cpp, {name}'] = partial(llamacpp_writes, folder, model, _TOKENS, temperature, top_k)
     rates = in_turn(sides, 'tokens/s')
     ours, theirs, ours_greedy, theirs_greedy = rates.values()
     return {'tokens_per_s': rates, 'ratio': ours / theirs, 'ratio_greedy': ours_greedy / theirs_greedy}

@@ -112,7 +112,7 @@ def train_nanogpt(checkout, val_ids, values):
 
 def training_rate(peer, sizes, batch_size, steps, device, ptdtype):
     """Tokens/s of a training step, its data in memory already; compiled on a GPU, as is their default."""
-    model = peer_model(peer, **sizes).to(device)
+    kind, model = peer_kind(peer), peer_model(peer, **sizes).to(device)
     with contextlib.redirect_stdout(io.StringIO()):
         optimizer = model.configure_optimizers(0.1, 5e-4, (0.9, 0.95), device.type)
     compiled_model = torch.compile(model) if device.type == 'cuda' else model
@@ -121,7 +121,7 @@ def training_rate(peer, sizes, batch_size, steps, device, ptdtype):
     def step():
         with autocast(device, ptdtype):
             result = compiled_model(x, y)
-            loss = model.last_loss if peer_kind(peer) == 'llama2.c' else result[1]
+            loss = model.last_loss if kind == 'llama2.c' else result[1]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

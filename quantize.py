@@ -12,15 +12,6 @@ def rounded(weight):
     return (weight / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
-def round_weights(model):
-    """Round the matrices of a GPT as 8 bits do, but keep them in float32; returns it."""
-    for p in model.parameters():
-        if p.dim() == 2:
-            whole, scale = rounded(p)
-            p.data = whole.float() * scale.float()[:, None]
-    return model
-
-
 class Int8Linear:
     """Linear layers as one product: int8 weights, a scale for each output, bfloat16 in and out.
 

@@ -8,10 +8,9 @@ import torch
 from checkpoint import load_model
 from data.infill import prompt
 from data.tokenizer import CharTokenizer
-from formats.page import HTML, assembled, engine
+from formats.page import HTML, assembled, engine, round_weights
 from formats.page import browser as browsers
 from generate import generate
-from quantize import round_weights
 from tests.test_formats import STORIES, make
 from tests.tiny import ROOT
 
@@ -27,7 +26,7 @@ def window():
 
 
 def written(path, **config):
-    """(model, tokenizer) of a page that is written to `path`."""
+    """(checkpoint, tokenizer) of a page that is written to `path`."""
     tokenizer = CharTokenizer.train([*STORIES, EVIL])
     sizes = {'block_size': 300, 'mlp_width': 64, 'std': 0.2}
     checkpoint = make(tokenizer, **sizes | config) | {'infill_rate': 0.5, 'settings': {
@@ -44,7 +43,7 @@ def story(window, ending='Cut at the length'):
 
 
 def greedy(checkpoint, tokenizer, ids, n):
-    """The text that the same rounded weights write in torch."""
+    """The ids that the same rounded weights write in torch."""
     model = round_weights(load_model(checkpoint))
     steps = generate(model, torch.tensor([ids]), n, temperature=0,
                      suppress=(tokenizer.blank, tokenizer.middle))

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from formats import base
-from formats.page import PARTS, packed
+from formats.page import PARTS, packed, round_weights
 from generate import generate
-from quantize import round_weights
 from tests.node import evaluate, needs_node
 from tests.test_model import CASES, small
 

@@ -22,7 +22,7 @@ from evaluate import evaluate, score
 from formats import base
 from formats.page.vocabulary import vocabulary
 from model import GPTConfig
-from quantize import round_weights, rounded
+from quantize import rounded
 
 PARTS = Path(__file__).parent
 MEASURED = 2**15  # validation tokens whose loss is measured, with and without rounding
@@ -95,6 +95,15 @@ def packed(w):
         return w.numpy().astype('<f4').tobytes()
     whole, scale = rounded(w)
     return whole.numpy().tobytes() + scale.view(torch.int16).numpy().astype('<i2').tobytes()
+
+
+def round_weights(model):
+    """Round the matrices of a GPT as 8 bits do, but keep them in float32; returns it."""
+    for p in model.parameters():
+        if p.dim() == 2:
+            whole, scale = rounded(p)
+            p.data = whole.float() * scale.float()[:, None]
+    return model
 
 
 def facts(config, tensors, checkpoint):
