@@ -7,31 +7,24 @@
 What was written is read back, by an independent program where there is one, before it is put in its place.
 """
 
-import sys
-from pathlib import Path
-
-if __name__ == '__main__':  # the imports below take seconds
-    sys.path.insert(0, str(Path(__file__).resolve().parent))  # which python -I leaves out
-    import errors
-    errors.until_run()  # Ctrl-C
-
+import contextlib
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from checkpoint import FILES, load_model
-from configurator import configure, one_of
-from errors import SettingError, UserError, run
-from files import staging, written
-from formats import load_to_write
+from configurator import SettingError, UserError, configure, one_of, run
+from core.checkpoint import FILES, load_model
+from core.generate import generate
+from data.files import lock_folder, report_write_errors
 from formats.gguf import GGUF
 from formats.hf import HuggingFace
 from formats.llama2c import Llama2c
-from formats.page import HTML
-from formats.safetensors import Safetensors
-from generate import generate
+from formats.page.page import HTML
+from formats.plain import Safetensors
+from formats.pretrained import load_with_tokenizer
 
 out_dir = 'out-tiny-stories'  # folder of the checkpoint
 ckpt = 'best'  # best (lowest validation loss) or last
@@ -59,6 +52,25 @@ def check_settings(formats):
         raise SettingError(f'path {path} is another file than an export: name a new one')
     if there and (others := set(os.listdir(path)) - set(files)):  # could be taken for parts of the model
         raise SettingError(f'path {path} holds other files ({min(others)} ...): name a new folder')
+
+
+@contextlib.contextmanager
+def staging(target):
+    """Yield the path to write what is to become `target`. It is removed afterwards, or by the next export."""
+    stage = target.with_name(f'.{target.name}.unfinished')
+    if stage.is_symlink():
+        raise UserError(f'{stage} is a link to another folder: remove it')
+    stage.mkdir(parents=True, exist_ok=True)
+    with lock_folder(stage, f'it exports to {target}, too'):
+        try:
+            for left in stage.glob('[!.]*'):  # by a process that was killed
+                if left.is_dir():
+                    shutil.rmtree(left)
+                else:
+                    left.unlink()
+            yield stage / 'export'
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
 
 
 def random_contexts(config):
@@ -110,7 +122,7 @@ def main():
                'gguf': GGUF(dtype), 'html': HTML(), 'safetensors': Safetensors()}
     check_settings(formats)
     chosen, target = formats[format], Path(path)
-    checkpoint, tokenizer = load_to_write(Path(out_dir, FILES[ckpt]))
+    checkpoint, tokenizer = load_with_tokenizer(Path(out_dir, FILES[ckpt]))
     model = load_model(checkpoint)
     if mismatches := chosen.mismatches(model.config, tokenizer):
         reasons, ways_out = zip(*mismatches, strict=True)
@@ -118,7 +130,7 @@ def main():
         raise SettingError(f"{format} cannot hold this model ({'; '.join(reasons)}): {', '.join(ways_out)}, "
                            f"or take this one to --format {' or '.join(others)}")
     with staging(target) as staged:
-        with written(target, '--path'):
+        with report_write_errors(target, '--path'):
             if chosen.files:
                 staged.mkdir()
             chosen.write(staged, checkpoint, tokenizer)

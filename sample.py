@@ -7,27 +7,19 @@
 """
 
 import sys
-from pathlib import Path
-
-if __name__ == '__main__':  # the imports below take seconds
-    sys.path.insert(0, str(Path(__file__).resolve().parent))  # which python -I leaves out
-    import errors
-    errors.until_run()  # Ctrl-C
-
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from checkpoint import FILES, load_model
-from configurator import configure, in_range, one_of
+from configurator import SettingError, UserError, configure, in_range, one_of, printable, run, user_errors
+from core.checkpoint import FILES, load_model
+from core.device import DTYPES, choose_device, choose_dtype, configure_memory
+from core.generate import generate_stories, generate_until
+from core.quantize import to_int8
 from data import infill
-from device import DTYPES, choose_device, choose_dtype
-from errors import SettingError, UserError, printable, reading, run
-from formats import load_to_write
-from machine import use_memory
-from quantize import to_int8
-from writing import continued, write_all
+from formats.pretrained import load_with_tokenizer
 
 out_dir = 'out-tiny-stories'  # folder of the checkpoint
 ckpt = 'best'  # best (lowest validation loss) or last
@@ -73,7 +65,7 @@ def read_starts():
     """The texts that stories begin with."""
     if not start.startswith('FILE:'):
         return [start]
-    with reading(start[5:], 'cannot be read as UTF-8 text'), open(start[5:], 'rb') as file:
+    with user_errors(start[5:], 'cannot be read as UTF-8 text'), open(start[5:], 'rb') as file:
         if len(data := file.read(10_000_001)) > 10_000_000:  # as of /dev/zero
             raise ValueError('more than 10,000,000 bytes')
         text = data.decode('utf-8-sig').replace('\r\n', '\n')
@@ -102,12 +94,12 @@ def write_stories(model, tokenizer, begins, end, stream):
     drawing = {'min_new_tokens': min_new_tokens, 'temperature': temperature, 'top_k': top_k, 'top_p': top_p,
                'suppress': (tokenizer.blank, tokenizer.middle), 'seed': seed, 'compile': compile}
     if stream:
-        for (row,), _ in continued(model, prompts, tokenizer.delimiter, limit, **drawing):
+        for (row,), _ in generate_until(model, prompts, tokenizer.delimiter, limit, **drawing):
             yield text_of(tokenizer, heads[0] + row)
         yield text_of(tokenizer, heads[0] + row, end) + '\n'
         cut += len(row) == limit
     else:
-        rows = write_all(model, prompts, tokenizer.delimiter, limit, **drawing)
+        rows = generate_stories(model, prompts, tokenizer.delimiter, limit, **drawing)
         for head, row in zip(heads, rows, strict=True):
             yield text_of(tokenizer, head + row, end)
             cut += len(row) == limit
@@ -136,8 +128,8 @@ def main():
     torch_device = choose_device(device)
     if dtype == 'int8' and torch_device.type != 'cpu':
         raise SettingError(f'dtype int8 is for a CPU, not for {torch_device}: use bfloat16, or --device cpu')
-    use_memory(torch_device)
-    checkpoint, tokenizer = load_to_write(init_from or Path(out_dir, FILES[ckpt]))
+    configure_memory(torch_device)
+    checkpoint, tokenizer = load_with_tokenizer(init_from or Path(out_dir, FILES[ckpt]))
     model = load_model(checkpoint, torch_device)
     try:
         model = to_int8(model) if dtype == 'int8' else model.to(choose_dtype(dtype, torch_device))

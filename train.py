@@ -7,40 +7,52 @@
     torchrun --standalone --nproc_per_node=8 train.py config/tiny_stories.py
 """
 
-import sys
-from pathlib import Path
-
-if __name__ == '__main__':  # the imports below take seconds
-    sys.path.insert(0, str(Path(__file__).resolve().parent))  # which python -I leaves out
-    import errors
-    errors.until_run()  # Ctrl-C
-
 import math
 import os
 import shlex
 import signal
+import sys
 import time
 from dataclasses import asdict, fields
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from checkpoint import RunFolder, load_checkpoint, prepared_folder
-from configurator import configure, in_range, one_of, settings
+from configurator import (
+    SettingError,
+    UserError,
+    configure,
+    in_range,
+    one_of,
+    out_of_memory,
+    run,
+    settings,
+    user_errors,
+)
+from core.checkpoint import RunFolder, load_checkpoint, prepared_folder
+from core.device import (
+    IdleCores,
+    autocast,
+    choose_device,
+    choose_dtype,
+    configure_memory,
+    freeze_garbage,
+    peak_flops,
+    to_device,
+)
+from core.distributed import join_ranks, leave_ranks, lost_ranks_told, ranks, resume_command, watch_signals
+from core.evaluate import evaluate, infill_rows, score
+from core.generate import opening, sample_story
+from core.kernels import use_fast_cpu_kernels
+from core.optim import make_optimizers
+from core.progress import Progress, check_tracker, diverged, hardware
 from data.shards import SPLITS, Batches, Split, fingerprint
 from data.tokenizer import load_tokenizer
-from device import autocast, choose_device, choose_dtype, peak_flops, to_device
-from distributed import join_ranks, leave_ranks, lost_ranks_told, ranks, resume_command, watch_signals
-from errors import SettingError, UserError, out_of_memory, reading, run, script
-from evaluate import evaluate, infill_rows, score
-from formats import load_pretrained
-from machine import IdleCores, freeze_garbage, use_memory
+from formats.pretrained import load_pretrained
 from model import GPT, GPTConfig
-from muon import make_optimizers
-from progress import Progress, check_tracker, diverged, hardware
-from writing import opening, sample_story
 
 # what to read and write
 dataset = 'tiny_stories'  # a folder under data/, or any path to a prepared folder
@@ -229,7 +241,7 @@ def main():
     torch_device = choose_device(device, local_rank, world_size)
     ptdtype = choose_dtype(dtype, torch_device)
     context = autocast(torch_device, ptdtype)
-    use_memory(torch_device)
+    configure_memory(torch_device)
     give_way = IdleCores()
 
     # the data -----------------------------------------------------------------
@@ -247,12 +259,14 @@ def main():
     run_folder = RunFolder(out_dir, init_from == 'resume', overwrite)
     torch.manual_seed(seed)
     model = GPT(make_config(tokenizer.vocab_size)).to(torch_device)
+    if torch_device.type == 'cpu':
+        use_fast_cpu_kernels(model)
     optimizers = make_optimizers(model, optimizer, learning_rate, weight_decay, (beta1, beta2))
     scaler = torch.amp.GradScaler(torch_device.type, enabled=ptdtype == torch.float16)
     it, best_val_loss, best_iter = 0, math.inf, 0
     if run_folder.resume:
         saved, data = load_checkpoint(run_folder.path / 'ckpt.pt'), fingerprint(train_split.meta)
-        with reading(run_folder.path / 'ckpt.pt'):
+        with user_errors(run_folder.path / 'ckpt.pt'):
             it, best_val_loss, best_iter = go_on(saved, model, optimizers, scaler, data, n_iters)
     elif init_from != 'scratch':
         begin_from(load_pretrained(init_from), model, tokenizer)
@@ -357,7 +371,7 @@ def main():
         print(f'stopped at step {it} and saved; go on with: {resume_command(out_dir)}', file=sys.stderr)
     elif master_process:
         print(f'done at step {it}/{n_iters}: best validation loss {best_val_loss:.4f} at step {best_iter}; '
-              f"write with: python {script('sample.py')} --out_dir {shlex.quote(out_dir)}")
+              f"write with: python {script_path('sample.py')} --out_dir {shlex.quote(out_dir)}")
     leave_ranks()
     if stopping:
         raise SystemExit(128 + (caught[0] if caught else signal.SIGTERM))

@@ -24,8 +24,7 @@ except ModuleNotFoundError:
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]) if modal.is_local() else '/repository')
 
 from cloud.scripts import CORES, ROOT, call, plan, relative, stays_here
-from configurator import nearest
-from errors import SettingError, UserError, reading, run
+from configurator import SettingError, UserError, nearest, run, user_errors
 
 OWN = {'command': 'all', 'gpu': 'T4', 'secret': ''}
 VOLUME = Path('/volume')  # where the functions have it
@@ -92,14 +91,14 @@ def start(words):
         steps += [(sample, one_gpu, [flags['sample']])]
     lent = [modal.Secret.from_name(own['secret'])] if own['secret'] else None
     for function, gpu, arguments in steps:
-        with reading('the work on Modal', 'did not end; type the same again to go on with it'):
+        with user_errors('the work on Modal', 'did not end; type the same again to go on with it'):
             if status := function.with_options(gpu=gpu or None, secrets=lent).remote(*arguments):
                 raise SystemExit(status)
 
 
 def listed(folder):
     """[(path, bytes)] of the files in a folder of the volume."""
-    with reading(f'{folder} on the volume', 'could not be read'):
+    with user_errors(f'{folder} on the volume', 'could not be read'):
         return [(PurePosixPath(entry.path.lstrip('/')), entry.size) for entry in volume.iterdir(folder)
                 if entry.type == modal.volume.FileEntryType.FILE]
 
@@ -110,14 +109,14 @@ def copy(words):
         raise SettingError('type get FOLDER or put FOLDER, and --overwrite after it to replace files')
     name, overwrite = relative('folder', words[1]), len(words) == 3
     if words[0] == 'put':
-        with reading(name, 'was not copied (--overwrite?)'), volume.batch_upload(force=overwrite) as batch:
+        with user_errors(name, 'was not copied (--overwrite?)'), volume.batch_upload(force=overwrite) as batch:
             return (batch.put_directory if Path(name).is_dir() else batch.put_file)(name, f'/{name}')
     files = [Path(path) for path, _ in listed(name)]
     if there := [file for file in files if file.exists() and not overwrite]:
         raise UserError(f'{there[0]} is here already: --overwrite replaces what is here')
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with reading(file, 'was not copied'), open(f'{file}.part', 'wb') as part:
+        with user_errors(file, 'was not copied'), open(f'{file}.part', 'wb') as part:
             part.writelines(volume.read_file(file.as_posix()))
         os.replace(f'{file}.part', file)
 
@@ -131,7 +130,7 @@ def remove(names):
     if unknown := [name for name in names if name not in sizes]:
         raise UserError(f'the volume holds no {unknown[0]}{nearest(unknown[0], sizes)}')
     for name in names:
-        with reading(name, 'was not removed'):
+        with user_errors(name, 'was not removed'):
             if input(f'remove {name}? (yes or no) ') != 'yes' or input(f'for good? Type {name}: ') != name:
                 raise UserError(f'{name} was kept')
             volume.remove_file(name, recursive=True)

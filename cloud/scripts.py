@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import quote
 
 import configurator
-from errors import SettingError
+from configurator import SettingError
 
 ROOT = Path(configurator.__file__).resolve().parent
 SCRIPTS = {'prepare': 'data/tiny_stories/prepare.py', 'train': 'train.py', 'export': 'export.py',

@@ -1,20 +1,27 @@
 """Token shards, flat little-endian uint16 files that are one stream: write them, map them, serve batches."""
 
 import bisect
+import contextlib
 import hashlib
 import itertools
 import json
 import math
 import mmap
+import os
+import re
+import shutil
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from errors import SettingError, UserError, reading
+from configurator import SettingError, UserError, user_errors
+from data.files import lock_folder
 
 SHARD_TOKENS = 100_000_000
 SPLITS = 'train', 'val'
+PREPARED = re.compile(r'(train|val)_\d{5}\.bin|tokenizer\.(json|model|tiktoken)')  # what prepare.py writes
 PREPARE = 'run data/tiny_stories/prepare.py, or name a prepared folder with --dataset'
 
 
@@ -53,7 +60,7 @@ def read_meta(folder):
     path = Path(folder) / 'meta.json'
     if not path.is_file():
         raise UserError(f'{folder} holds no prepared data (no meta.json): {PREPARE}')
-    with reading(path, f'is damaged ({PREPARE})'):
+    with user_errors(path, f'is damaged ({PREPARE})'):
         meta = json.loads(path.read_text(encoding='utf-8'))
         for split in SPLITS:
             for shard in meta['splits'][split]['shards']:
@@ -188,3 +195,47 @@ class Batches:
             for following in itertools.count(step + 1):
                 ready, coming = coming.result(), loader.submit(self, following)
                 yield ready
+
+
+# prepared folders -------------------------------------------------------------
+
+def prepared_folder(dataset):
+    """Return the folder that a `dataset` setting means: the path itself, or a folder under data/."""
+    if Path(dataset).is_dir():
+        return Path(dataset)
+    return Path(__file__).parent / dataset
+
+
+@contextlib.contextmanager
+def write_dataset_atomically(folder):
+    """Yield temporary folders (new, cache). If all goes well, the files in `new` replace the prepared data.
+
+    meta.json is deleted first and written last, so it never describes files that are not there. What killed
+    processes left behind is removed. Raises UserError if `folder` is in use or cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (lock_folder(folder, 'wait for it, or name another --out_dir'),
+              tempfile.TemporaryDirectory(prefix='.preparing-', dir=folder,
+                                          ignore_cleanup_errors=True) as temporary):
+            for left in folder.glob('.preparing-*'):
+                if left != Path(temporary):
+                    shutil.rmtree(left)
+            new, cache = Path(temporary, 'new'), Path(temporary, 'cache')
+            new.mkdir()
+            cache.mkdir()
+            yield new, cache
+            (folder / 'meta.json').unlink(missing_ok=True)
+            for old in folder.iterdir():
+                if PREPARED.fullmatch(old.name):
+                    old.unlink()
+            files = [file for file in sorted(new.iterdir()) if file.name != 'meta.json']
+            for file in [*files, new / 'meta.json']:
+                file.replace(folder / file.name)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f'cannot write to {folder} ({reason}): name another folder with --out_dir') from None
+    finally:
+        if folder.is_dir() and os.listdir(folder) == ['.lock']:  # nothing was prepared
+            (folder / '.lock').unlink()
+            folder.rmdir()

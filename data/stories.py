@@ -12,7 +12,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from urllib.request import Request, urlopen
 
-from errors import UserError, reading
+from configurator import UserError, user_errors
 
 DELIMITER = '<|endoftext|>'  # between the stories of a .txt
 LOADERS = {'.txt': 'ours', '.jsonl': 'json', '.json': 'json', '.csv': 'csv', '.parquet': 'parquet'}
@@ -45,19 +45,19 @@ def load_stories(source, cache, sample, percentage=100.0, offline=False, column=
     if source == 'sample':
         named = {'train': datasets.Dataset.from_dict({'text': list(sample())})}
     elif on_hub:
-        with reading(source, HUB_HELP.format(on_hub[1], why) if why else
+        with user_errors(source, HUB_HELP.format(on_hub[1], why) if why else
                      'is no file here, nor can it be loaded from the hub (as user/name:configuration?)'):
             from huggingface_hub import HfApi
             name, configuration = on_hub.groups()  # the hub knows the users of old names, the cache does not
             name = name if '/' in name or why else HfApi().dataset_info(name).id
             named = datasets.load_dataset(name, configuration)
     elif (path / 'dataset_dict.json').is_file():
-        with reading(path):
+        with user_errors(path):
             named = datasets.load_from_disk(path)
     elif saved := sorted({file.parent for place in ('*.arrow', '*/*.arrow') for file in path.glob(place)}):
         if others := {file.parent for file in path.rglob('*') if kind(file)} - {*saved}:
             raise UserError(f'{path} has what save_to_disk writes, and files in {min(others)}: name one')
-        with reading(path):
+        with user_errors(path):
             named = {folder.name: datasets.load_from_disk(folder) for folder in saved}
     else:
         named = story_files(path)
@@ -108,7 +108,7 @@ def load_files(paths, cache, split, column):
     yield datasets.Dataset.from_file(arrow)
     for path in sorted(path for path in set(paths) - set(texts) if path.stat().st_size):
         exactly = {'keep_default_na': False, 'index_col': False} if kind(path) == '.csv' else {}
-        with reading(path), warnings.catch_warnings(action='error', category=ParserWarning):
+        with user_errors(path), warnings.catch_warnings(action='error', category=ParserWarning):
             yield datasets.load_dataset(LOADERS[kind(path)], data_files=str(path), cache_dir=str(cache),
                                         split='train', **exactly)
 
@@ -116,7 +116,7 @@ def load_files(paths, cache, split, column):
 def read_texts(paths):
     """Yields lists of stories of .txt files: line breaks at a delimiter belong to it; without, all is one."""
     for path in paths:
-        with reading(path), opened(path) as file:
+        with user_errors(path), opened(path) as file:
             rest, delimited = '', False
             while chunk := file.read(max(1 << 20, len(rest))):  # doubling: a long story is searched few times
                 *stories, rest = (rest + chunk).split(DELIMITER)

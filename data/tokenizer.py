@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
+from configurator import SettingError, UserError, user_errors
 from data.shards import PREPARE, read_meta
-from errors import SettingError, UserError, reading
 
 MAX_VOCAB_SIZE = 2**16  # ids are stored as uint16
 FIRST_BYTE = 3  # the id of byte 0 in char and bpe
@@ -279,7 +279,7 @@ def cut(text, size):
 def load_tokenizer(folder):
     """The tokenizer of a folder that prepare.py wrote. UserError if there is none."""
     meta = read_meta(folder)
-    with reading(f'the tokenizer of {folder}', f'is missing or damaged ({PREPARE})'):
+    with user_errors(f'the tokenizer of {folder}', f'is missing or damaged ({PREPARE})'):
         name = CLASSES[meta['encoding']].file_name
         files = {name: Path(folder, name).read_bytes()}
         tokenizer = tokenizer_from_state({'encoding': meta['encoding'], 'files': files}, folder)
@@ -290,7 +290,7 @@ def load_tokenizer(folder):
 
 def tokenizer_from_state(state, where='the checkpoint'):
     """The tokenizer whose `state()` this is. UserError, saying `where` it was, if it is none."""
-    with reading(f'the tokenizer of {where}'):
+    with user_errors(f'the tokenizer of {where}'):
         tokenizer_class = CLASSES[state['encoding']]
         return tokenizer_class(state['files'][tokenizer_class.file_name])
 

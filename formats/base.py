@@ -5,9 +5,9 @@ from dataclasses import asdict
 
 import torch
 
-from checkpoint import check_size, load_model
+from configurator import UserError, user_errors
+from core.checkpoint import check_size, load_model
 from data.tokenizer import tokenizer_from_state
-from errors import UserError, reading
 from model import GPT
 
 # The families of blocks that foreign programs know, and Hugging Face's names for what ours are made of
@@ -55,7 +55,7 @@ class Importer(Format):
     def load(self, path):
         """A checkpoint of ours, its model with rows for <blank> and <middle>. Raises UserError where `path`
         is damaged, or holds what a model of ours cannot be."""
-        with reading(path):
+        with user_errors(path):
             config, weights = self.load_weights(path)
             if config.tie_embeddings:
                 weights['lm_head.weight'] = weights['embedding.weight']

@@ -5,8 +5,8 @@ import re
 
 import torch
 
-from data.vocabularies import CONTROL, UNKNOWN, read_tokenizer
-from errors import UserError, reading
+from configurator import UserError, user_errors
+from data.tokenizer_files import CONTROL, UNKNOWN, read_tokenizer
 from formats import base
 from formats.pieces import gpt2_merges, merges_of, pieces_of
 from model import GPTConfig
@@ -86,7 +86,7 @@ class HuggingFace(base.Importer):
             raise UserError(f'{path} has no model.safetensors and no pytorch_model.bin')
         tensors = {}
         for file in files:  # all that are there: no name in an index leads anywhere
-            with reading(file):
+            with user_errors(file):
                 tensors |= (load_file(file) if file.suffix == '.safetensors' else
                             torch.load(file, map_location='cpu', weights_only=True))
         if not llama:  # a pretrained one has no head, the names have no prefix

@@ -14,11 +14,11 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from data.vocabularies import BYTE, NORMAL, read_tokenizer
-from errors import UserError
+from configurator import UserError
+from data.tokenizer_files import BYTE, NORMAL, read_tokenizer
 from formats import base
 from formats.pieces import pieces_of
-from model import GPT, GPTConfig, angles
+from model import GPT, GPTConfig, position_angles
 
 MAGIC = 0x616B3432
 HEADER = 256  # bytes, of versions 1 and 2
@@ -60,7 +60,7 @@ class Llama2c(base.Importer):
     def write(self, path, checkpoint, tokenizer):
         config = GPTConfig(**checkpoint['config'])
         weights = base.interleave(config, base.own_weights(checkpoint))
-        angle = angles(config.block_size, config.head_dim, config.rope_theta)
+        angle = position_angles(config.block_size, config.head_dim, config.rope_theta)
         weights['rotation'] = torch.cat((angle.cos(), angle.sin()))
         sizes = [getattr(config, name) for name in SIZES]
         group = math.gcd(config.n_embd, config.mlp_width, 64)  # neighbours with one scale

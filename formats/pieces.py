@@ -5,7 +5,7 @@ import json
 from itertools import pairwise
 
 from data.tokenizer import SPACE_MARK
-from data.vocabularies import CONTROL, FIRST, GPT2_BYTES, INFILLING, NORMAL, UNUSED
+from data.tokenizer_files import CONTROL, FIRST, GPT2_BYTES, INFILLING, NORMAL, UNUSED
 
 
 def pieces_of(tokenizer):

@@ -7,7 +7,7 @@ import torch
 
 import train
 from configurator import configure, settings
-from tests import tiny
+from tests.helpers import scripts as tiny
 
 torch.set_num_threads(1)  # two stand still beside a busy process
 

@@ -8,9 +8,6 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it runs from any working directory
-if __name__ == '__main__':  # the imports below take seconds
-    import errors
-    errors.until_run()  # Ctrl-C
 
 import json
 import os
@@ -23,18 +20,17 @@ from hashlib import blake2b
 import numpy as np
 from tqdm import tqdm
 
-from configurator import configure, in_range, one_of
+from configurator import SettingError, UserError, configure, in_range, one_of, run, script_path
 from data import infill
 from data.bundle import unpack, write_bundle
+from data.files import write_dataset_atomically
 from data.shards import ShardWriter
 from data.stories import load_stories
-from data.streams import token_files, write_streams
 from data.tiny_stories import sample_stories
+from data.token_files.prepare import token_files, write_streams
 from data.tokenizer import BPETokenizer, CharTokenizer, characters
-from data.vocabularies import load_gpt2
-from errors import SettingError, UserError, be_a_worker, run, script
-from files import replacing
-from formats import open_tokenizer
+from data.tokenizer_files import load_gpt2
+from formats.pretrained import open_tokenizer
 
 source = 'roneneldan/TinyStories'  # user/name on the hub, a file, folder or bundle, or sample (built in)
 text_column = ''  # of the stories, in a table; '' is text or story
@@ -125,7 +121,7 @@ def each_piece(stories, rows, function, columns, cache, **arguments):
     pieces = np.array_split(rows, min(len(rows), 1 + stories.data.nbytes // 2**24))
     work = partial(map_piece, stories=stories, function=function, columns=columns, cache=cache,
                    arguments=arguments)
-    pool = ProcessPoolExecutor(num_proc or cores, initializer=be_a_worker)
+    pool = ProcessPoolExecutor(num_proc or cores)
     try:
         paths = map(work, pieces) if len(pieces) == 1 else pool.map(work, pieces)
         for path in tqdm(paths, function.__name__, len(pieces), unit=' pieces', disable=None):
@@ -202,7 +198,7 @@ def main():
     if bundle:
         return print(write_bundle(bundle, partial(load, source), offline))
     folder = Path(out_dir or Path(__file__).parent)
-    with replacing(folder) as (new, cache):
+    with write_dataset_atomically(folder) as (new, cache):
         place = unpack(source, cache / 'bundle') if source.endswith('.tar') else source
         enc = given_tokenizer(cache / 'bundle' / 'gpt2')
         if files := token_files(source) if enc else {}:
@@ -242,7 +238,7 @@ def main():
     print(f'text: {size / 1e6:.1f} MB in {seconds:.1f} s, {size / 1e6 / seconds:.1f} MB/s')
     recipe = '_'.join(['quickstart'] * (source == 'sample') + ['infill'] * (infill_rate > 0))
     dataset = f' --dataset {shlex.quote(out_dir)}' if out_dir else ''
-    print('next: python', script('train.py') + (recipe and f" {script(f'config/{recipe}.py')}") + dataset)
+    print('next: python', script_path('train.py') + (recipe and f" {script_path(f'config/{recipe}.py')}") + dataset)
 
 
 if __name__ == '__main__':

@@ -5,9 +5,9 @@ import json
 import struct
 from itertools import chain
 
+from configurator import UserError
 from data.tokenizer import BYTE_PIECES, FIRST_BYTE
-from data.vocabularies import CONTROL, GPT2_BYTES, NORMAL, UNUSED
-from errors import UserError
+from data.tokenizer_files import CONTROL, GPT2_BYTES, NORMAL, UNUSED
 from formats.pieces import pieces_of
 
 BPE, USER_DEFINED = 2, 4  # sentencepiece's numbers of a kind of model, and of a kind of piece

@@ -1,0 +1,77 @@
+"""Safe writing: files that are written whole or not at all, and one process at a time per folder."""
+
+import contextlib
+import os
+import re
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from configurator import UserError
+
+
+def lock_folder(folder, advice):
+    """Lock `folder` for this process and return the lock, a context manager that releases it.
+
+    Keep what is returned: the lock ends with it, and with the process, however that ends. Raises UserError,
+    which ends in `advice`, if another process holds the lock.
+    """
+    try:
+        return FileLock(Path(folder, '.lock')).acquire(blocking=False)
+    except Timeout:
+        raise UserError(f'{folder} is in use by another process: {advice}') from None
+
+
+@contextlib.contextmanager
+def report_write_errors(path, flag='--out_dir'):
+    """Turn an error while writing to `path` (disk full, read-only, folder gone) into a UserError.
+
+    flag: the setting that names another place.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = write_error(error)
+        if not reason:
+            raise
+        if isinstance(error, FileNotFoundError) or isinstance(error.__context__, FileNotFoundError):
+            advice = 'the folder was removed or renamed meanwhile'
+        else:
+            advice = f'make room or name another {flag}; what was saved before, if anything, is whole'
+        raise UserError(f'cannot write {path} ({reason}): {advice}') from error
+
+
+def write_error(error):
+    """Return why the file system refused to write, or '' if `error` says nothing of the kind.
+
+    torch.save hides an OSError behind an error of its own; libraries in Rust have it in words only.
+    """
+    in_words = re.search(r'([\w ]+) \(os error \d+\)', str(error))
+    if in_words:
+        return in_words[1].strip()
+    for cause in error, error.__context__:
+        if isinstance(cause, OSError):
+            return cause.strerror or f'no room: {cause}'
+    return ''
+
+
+def write_atomically(path, write):
+    """Call write(file) and put the result at `path`, whole or not at all.
+
+    The previous file stays until the new one is on disk. Raises UserError if it cannot be written.
+    """
+    temporary = path.with_name(path.name + '.tmp')
+    try:
+        with report_write_errors(path), open(temporary, 'wb') as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        if os.name == 'posix':  # so that the new name survives a power cut; Windows cannot open a folder
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)

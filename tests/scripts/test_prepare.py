@@ -1,0 +1,342 @@
+"""prepare.py: every kind of source, which stories go where, what a killed run leaves, and the hub."""
+
+import csv
+import gzip
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import datasets
+import numpy as np
+import pytest
+
+from configurator import UserError, settings
+from data import infill
+from data.shards import read_meta
+from data.tiny_stories import prepare
+from data.tokenizer import CharTokenizer, load_tokenizer
+from tests.helpers.hub import Hub
+from tests.helpers.scripts import ROOT, script
+
+PREPARE = 'data/tiny_stories/prepare.py'
+DELIMITER = '<|endoftext|>'
+# What must come back exactly: white space at the ends, odd line breaks, characters of one to four bytes
+STORIES = [f'Once there was a cat with {i} hats.\n\n"Hello!" said Tom {i % 7}.' for i in range(300)] + [
+    ' a space before and after ', 'a tab\tand\u2028odd\x85breaks\r\rhere', 'x',
+    'caf\u00e9 \U0001f600 \u2581\u4f60', 'NUL \0 and   runs    of     spaces',
+]
+TRAIN, VAL = STORIES[:-20], STORIES[-20:]
+BIG = [f'{i} ' + 'The cat sat. ' * 800 for i in range(2000)]  # enough for worker processes
+
+
+@pytest.fixture
+def prepared(tmp_path, monkeypatch):
+    """prepared(source, out_dir, **settings) runs prepare.main() and gives what `read` finds."""
+    defaults = settings(vars(prepare))
+
+    def run(source, out_dir=tmp_path / 'out', **given):
+        always = {'offline': True, 'source': str(source), 'out_dir': str(out_dir)}
+        for name, value in (defaults | always | given).items():
+            monkeypatch.setattr(prepare, name, value)
+        prepare.main()
+        return read(out_dir)
+    return run
+
+
+def read(folder):
+    """{split: [texts]} of a prepared folder, by a reader that knows only "uint16"."""
+    meta, enc = read_meta(folder), load_tokenizer(folder)
+    found = {}
+    for split, about in meta['splits'].items():
+        files = sorted(folder.glob(f'{split}_*.bin'))
+        assert [path.name for path in files] == [shard['name'] for shard in about['shards']]
+        tokens = np.concatenate([np.fromfile(path, '<u2') for path in files])
+        assert tokens[0] == meta['delimiter']
+        parts = np.split(tokens, np.flatnonzero(tokens == meta['delimiter']))[1:]
+        found[split] = [infill.decode(enc, part[1:].tolist()) for part in parts]
+        assert (len(found[split]), len(tokens)) == (about['stories'], about['tokens'])
+        assert sum(len(text.encode()) for text in found[split]) == about['bytes']
+        assert sum(enc.middle in part for part in parts) == about['infilled']
+    return found
+
+
+def both(found):
+    return sorted(found['train'] + found['val'])
+
+
+def write(path, texts=STORIES, column='text'):
+    """Stories as the kind of file that `path` ends in, or as what save_to_disk writes; returns `path`."""
+    path.parent.mkdir(exist_ok=True, parents=True)
+    if path.suffix == '.gz':
+        path.write_bytes(gzip.compress(write(path.with_suffix(''), texts, column).read_bytes()))
+        path.with_suffix('').unlink()
+        return path
+    if path.suffix == '.txt':
+        path.write_bytes(''.join(f'{text}\n{DELIMITER}\n' for text in texts).encode())
+        return path
+    table = datasets.Dataset.from_dict({column: texts, 'n': range(len(texts))})
+    if path.suffix == '.parquet':
+        table.cast_column(column, datasets.Value('large_string')).to_parquet(path)  # as pandas has it
+    elif path.suffix == '.csv':
+        with open(path, 'w', encoding='utf-8', newline='') as file:
+            csv.writer(file).writerows([(column, 'n'), *zip(texts, range(len(texts)), strict=True)])
+    elif path.suffix:
+        table.to_json(path, lines=path.suffix == '.jsonl')
+    else:
+        table.save_to_disk(path)
+    return path
+
+
+def write_all(folder, files, column='text'):
+    for name, texts in files.items():
+        write(folder / name, texts, column)
+    return folder
+
+
+@pytest.mark.parametrize('names', [['s.txt'], ['s.jsonl'], ['s.parquet'], ['saved'], ['s.csv'], [
+    'data00.json', 'data01.json'], ['s.txt.gz', 's.json.gz'], ['s.csv.gz']], ids=str)
+def test_source_without_validation(tmp_path, prepared, names):
+    """Each kind of source gives back every story, exactly, and the same split whatever the kind and order."""
+    files = {name: STORIES[i::len(names)] for i, name in enumerate(names)}
+    folder = write_all(tmp_path / 's', files, column='story')
+    found = prepared(folder / names[0] if len(names) == 1 else folder)
+    assert both(found) == sorted(STORIES)
+    other = write(tmp_path / 't.txt', STORIES[::-1])
+    assert set(found['val']) == set(prepared(other)['val'])
+
+
+@pytest.mark.parametrize('train, val', [
+    ('V2-GPT4-train.txt', 'V2-GPT4-valid.txt'), ('train-0.jsonl', 'nested/val.jsonl'),
+    ('train', 'validation'), ('train.csv.gz', 'test.csv.gz')])  # the third lacks a dataset_dict.json
+def test_source_with_validation(tmp_path, prepared, train, val):
+    assert prepared(write_all(tmp_path / 's', {train: TRAIN, val: VAL})) == {'train': TRAIN, 'val': VAL}
+
+
+def test_saved_source_with_validation(tmp_path, prepared):
+    saved = {split: datasets.Dataset.from_dict({'text': texts})
+             for split, texts in (('train', TRAIN), ('validation', VAL))}
+    datasets.DatasetDict(saved).save_to_disk(tmp_path / 's')
+    assert prepared(tmp_path / 's') == {'train': TRAIN, 'val': VAL}
+
+
+def test_any_column_of_a_table(tmp_path, prepared):
+    path = write(tmp_path / 's.csv', ['NA', 'null', '', 'a,"b"\r\n', ' 7'], column='tale, told')
+    assert both(prepared(path, text_column='tale, told')) == [' 7', 'NA', 'a,"b"\r\n', 'null']
+    for column, message in ('', 'no column text or story: type --text_column and one of tale, told, n'), (
+            'n', "no text in its column 'n'"), ('m', 'no column m: type'):
+        with pytest.raises(UserError, match=message):
+            prepared(path, text_column=column)
+
+
+def test_folder_takes_parquet_alone_and_no_test_split_nor_hidden_file(tmp_path, prepared, capsys):
+    files = {'train-0.parquet': TRAIN, 'validation-1.parquet': VAL, 'test-0.parquet': ['a test'],
+             '.cache/train-1.parquet': ['hidden'], 'train.txt': ['text']}
+    assert prepared(write_all(tmp_path / '.mine', files)) == {'train': TRAIN, 'val': VAL}
+    assert 'test-0.parquet' in capsys.readouterr().out
+
+
+def test_folder_may_hold_its_own_prepared_data_and_is_read_anew(tmp_path, prepared):
+    write(tmp_path / 'mine.json')
+    for texts in ['one more'], ['edited', 'again']:
+        write(tmp_path / 'more.txt', texts)
+        assert both(prepared(tmp_path, tmp_path)) == sorted(STORIES + texts)
+
+
+def test_the_built_in_corpus(tmp_path, prepared, capsys):
+    found = prepared('sample', data_percentage=2.0, infill_rate=0.5)
+    assert 400 < len(both(found)) < 480 and not set(found['train']) & set(found['val'])
+    assert 'next: python train.py config/quickstart_infill.py' in capsys.readouterr().out
+    assert read_meta(tmp_path / 'out')['vocab_size'] == 1536
+
+
+def test_text_files_without_delimiters_are_one_document_each(tmp_path, prepared):
+    """A file with one is not, though most of it is a story longer than what is read at a time."""
+    texts, long = [text + '\n' for text in STORIES], 'the cat sat on the mat ' * 100_000
+    for i, text in enumerate([*texts, f'one{DELIMITER}\n{long}\n']):
+        (tmp_path / f'{i}.txt').write_text(text, encoding='utf-8', newline='')
+    assert both(prepared(tmp_path)) == sorted([*texts, 'one', long])
+
+
+def test_single_document_is_split_by_position_and_stays_plain(tmp_path, prepared):
+    text = '\n' + ' \u00e9\u4f60. \U0001f600 Word.\r\n'.join(map(str, range(400))) + '\n'
+    path = tmp_path / 's.txt'
+    path.write_bytes(b'\xef\xbb\xbf' + text.encode())  # a byte order mark is no text
+    (tmp_path / 's.TXT.GZ').write_bytes(gzip.compress(path.read_bytes()))
+    cut = int(0.9 * len(text))
+    assert prepared(path) == prepared(tmp_path / 's.TXT.GZ') == {'train': [text[:cut]], 'val': [text[cut:]]}
+    with pytest.raises(UserError, match=r's.txt can be infilled: leave out --infill_rate'):
+        prepared(path, infill_rate=1.0)
+    found = prepared(path, data_percentage=10.0)
+    assert found == {'train': [text[:cut // 10]], 'val': [text[cut:][:(len(text) - cut) // 10]]}
+
+
+def test_line_breaks_beside_the_delimiter_and_blank_stories_are_dropped(tmp_path, prepared, capsys):
+    write(tmp_path / 's/blank.jsonl', ['', ' \u2003\n', None])
+    text = '\n one \r\n|\r\n\ttwo\n\n \n\n|three|\n \n|\n\n'
+    (tmp_path / 's/s.txt').write_bytes(text.replace('|', DELIMITER).encode())
+    assert both(prepared(tmp_path / 's', val_percentage=50.0)) == ['\ttwo\n\n ', ' one ', 'three']
+    assert ' 4 blank' in capsys.readouterr().out
+
+
+def test_equal_stories_are_on_one_side_and_both_sides_have_some(tmp_path, prepared):
+    for texts in ['a', 'b'], ['x', 'y'], ['a'] * 50 + ['b'] * 50, [str(i % 40) for i in range(200)]:
+        path = write(tmp_path / 's.txt', [*texts, ''])  # whose hash is below a's and b's, above x's and y's
+        for percentage in 0.001, 30.0, 99.999:
+            found = prepared(path, val_percentage=percentage)
+            assert found['train'] and found['val'] and not set(found['train']) & set(found['val'])
+            assert both(found) == sorted(texts)
+
+
+def test_smaller_shares_are_part_of_larger_ones(tmp_path, prepared):
+    path, before = write(tmp_path / 's.txt'), {'train': set(), 'val': set()}
+    for percentage in 0.0001, 10.0, 50.0, 100.0:
+        found = prepared(path, data_percentage=percentage, val_percentage=20.0)
+        for split, texts in found.items():
+            assert texts and before[split] <= set(texts)
+            before[split] = set(texts)
+        if percentage == 50:
+            assert 100 < len(found['train']) < 150 and 15 < len(found['val']) < 45
+
+
+@pytest.mark.parametrize('given', [{}, {'encoding_type': 'bpe', 'vocab_size': 350}], ids=['char', 'bpe'])
+def test_a_vocabulary_is_learned_from_training_stories_alone_and_can_be_given(tmp_path, prepared, given):
+    """Each story has a character of its own, which goes as three bytes if it is not in the vocabulary."""
+    texts = [chr(0x4e00 + i) * 5 for i in range(100)]
+    found = prepared(write(tmp_path / 's.txt', texts), val_percentage=50.0, **given)
+    enc = load_tokenizer(tmp_path / 'out')
+    assert [text for text in texts if len(enc.encode(text[0])) < 4] == found['train']
+    source, out = write(tmp_path / 'other.txt'), tmp_path / 'second'
+    assert both(prepared(source, out, tokenizer=str(tmp_path / 'out'))) == sorted(STORIES)
+    assert load_tokenizer(out).state() == enc.state()
+
+
+def test_stories_for_infilling(tmp_path, prepared, capsys):
+    texts = [*STORIES, 'Short.', 'Only. Two.', *(f'The {i}. Two. Three.' for i in range(800))]
+    path = write(tmp_path / 's.jsonl', texts)
+    for rate, least, most in (0.0, 0, 0), (0.5, 500, 610), (1.0, len(texts), len(texts)):
+        assert both(prepared(path, infill_rate=rate)) == sorted(texts)
+        meta = read_meta(tmp_path / 'out')
+        infilled, too_short = (sum(split[key] for split in meta['splits'].values())
+                               for key in ('infilled', 'too_short'))
+        assert meta['infill_rate'] == rate and least <= infilled + too_short <= most
+        assert (f'for infilling: {infilled}; {too_short} chosen' in capsys.readouterr().out) == (rate > 0)
+
+
+def test_as_a_user_with_any_number_of_workers(tmp_path):
+    """The tokens are those of all stories in their order."""
+    source = write_all(tmp_path / 's', {'train.txt': BIG, 'valid.txt': BIG[:2]})
+    expected = CharTokenizer.train(BIG).encode_pieces([(text, True) for text in BIG])[0]
+    out = tmp_path / 'out'
+    for n in 1, 2:
+        done = script(PREPARE, '--source', source, '--out_dir', out, '--num_proc', n, '--offline', cwd='/')
+        assert done.err == '' and 'stories: 2,000 for' in done.out and 'MB/s' in done.out
+        train = os.path.relpath(ROOT / 'train.py', '/')
+        assert done.out.splitlines()[-1] == f'next: python {train} --dataset {out}'
+        assert np.array_equal(np.fromfile(out / 'train_00000.bin', '<u2'), expected)
+
+
+@pytest.fixture
+def start(tmp_path):
+    """start(*flags, **environment): prepare.py in a process group of its own, with nothing imported yet."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith('HF_')}
+    inherited |= {'HF_HOME': str(tmp_path / 'home'), 'no_proxy': '*'}
+
+    def run(*flags, **environment):
+        return subprocess.Popen(
+            [sys.executable, ROOT / PREPARE, '--out_dir', tmp_path / 'out', *flags], cwd=tmp_path, text=True,
+            env=inherited | environment, stderr=subprocess.PIPE, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # which background jobs ignore
+    return run
+
+
+def end(process):
+    """Its exit status and stderr, once it and all workers are gone, as they share its stderr."""
+    err = process.communicate(timeout=60)[1]
+    return process.returncode, err
+
+
+@pytest.mark.parametrize('kill, ended', [
+    (lambda run: os.killpg(run.pid, signal.SIGINT), (130, '')),
+    (lambda run: run.kill(), (-signal.SIGKILL, '')),
+    (lambda run: os.kill(int(subprocess.check_output(['pgrep', '-P', f'{run.pid}']).split()[0]), 9),
+     (1, 'prepare.py: a worker process was killed, for lack of memory? Try --num_proc 1\n')),
+], ids=['ctrl-c', 'kill', 'kill a worker'])
+def test_killed_run_leaves_the_old_data_and_no_worker(tmp_path, prepared, start, kill, ended):
+    old = prepared(write(tmp_path / 's.txt'))
+    run = start('--source', write(tmp_path / 'big.txt', BIG * 3), '--num_proc', '2', '--offline')
+    while not list(tmp_path.glob('out/.preparing-*/cache/tmp*')):  # which workers write
+        assert run.poll() is None
+        time.sleep(0.01)
+    kill(run)
+    assert end(run) == ended
+    assert read(tmp_path / 'out') == old
+
+
+def test_the_hub(tmp_path, start):
+    """As most users begin: no source named. Then again, from the cache, when the hub is gone."""
+    long = random.Random(0).randbytes(6_000_000).hex()  # the library keeps what it has in steps of 10 MB
+    texts = {'data/train-0-of-2.parquet': TRAIN, 'data/train-1-of-2.parquet': [long],
+             'data/validation-0-of-1.parquet': VAL}
+    stories = {'train': [*TRAIN, long], 'val': VAL}
+    files = {name: (write_all(tmp_path, texts) / name).read_bytes() for name in texts}
+    with Hub('roneneldan/TinyStories', files | {'TinyStories-train.txt': b'not read'}) as hub:
+        hub.break_off['data/train-1-of-2.parquet'] = 10_600_000
+        assert end(start(HF_ENDPOINT=hub.endpoint))[0] == 0
+        assert read(tmp_path / 'out') == stories
+        train, other, val = files
+        assert hub.downloaded == [(train, 0), (other, 0), (other, 10 * 2**20), (val, 0)]  # gone on with
+        status, err = end(start('--source', 'someone/nothing', HF_ENDPOINT=hub.endpoint))
+        assert status == 1 and err.count('\n') == 1 and 'someone/nothing is no file here, nor can it' in err
+    for flags in [], ['--offline']:
+        assert end(start(*flags, HF_ENDPOINT=hub.endpoint)) == (0, '')
+        assert read(tmp_path / 'out') == stories
+
+
+def test_a_name_on_the_hub_without_a_user_and_with_a_configuration(tmp_path, start):
+    """Of two configurations, the second; the first of all names is asked for if none is given."""
+    files = {f'{name}/train.jsonl': (write(tmp_path / f'{name}.jsonl', texts)).read_bytes()
+             for name, texts in (('long', ['no', 'not this']), ('short', STORIES))}
+    configs = ''.join(f'- config_name: {name}\n  data_files: {name}/*\n' for name in ('long', 'short'))
+    with Hub('someone/tales', files | {'README.md': f'---\nconfigs:\n{configs}---\n'.encode()}) as hub:
+        assert end(start('--source', 'tales:short', HF_ENDPOINT=hub.endpoint)) == (0, '')
+        assert both(read(tmp_path / 'out')) == sorted(STORIES)
+        status, err = end(start('--source', 'tales', HF_ENDPOINT=hub.endpoint))
+    assert status == 1 and err.count('\n') == 1 and "['long', 'short']" in err and 'user/name:config' in err
+    assert 'as user/name' in end(start('--source', 'tales:short', '--offline'))[1]
+    assert end(start('--source', 'someone/tales:short', '--offline')) == (0, '')
+    assert both(read(tmp_path / 'out')) == sorted(STORIES)
+
+
+def test_a_hub_that_never_answers_is_told_of_within_seconds(tmp_path, start):
+    with socket.create_server(('127.0.0.1', 0)) as silent:
+        endpoint = 'http://{}:{}'.format(*silent.getsockname())
+        status, err = end(start(HF_ENDPOINT=endpoint))
+    assert status == 1 and err.count('\n') == 1
+    download = 'hf download --repo-type dataset roneneldan/TinyStories --include "data/*"'
+    for way in f'{endpoint} cannot be reached', '--source sample', download:
+        assert way in err
+
+
+NO_CONNECTION = """import os, sys
+def refuse(event, given):
+    if event == 'socket.getaddrinfo' or (event == 'socket.__new__' and given[1] != 1):  # 1: AF_UNIX
+        os._exit(99)
+sys.addaudithook(refuse)
+"""
+
+
+@pytest.mark.parametrize('source, environment, status, says', [
+    ('someone/stories', {}, 1, 'we are offline: type --source sample'),
+    ('someone/stories', {'HF_HUB_OFFLINE': '1'}, 1, 'we are offline: type --source sample'),
+    ('big.txt', {}, 0, ''), ('big.parquet', {}, 0, ''), ('big.parquet', {'HF_HOME': '/nowhere'}, 0, '')])
+def test_offline_connects_to_nothing(tmp_path, start, source, environment, status, says):
+    if not source.startswith('someone'):
+        write(tmp_path / source, BIG)
+    (tmp_path / 'sitecustomize.py').write_text(NO_CONNECTION)  # which Python imports first
+    flags = [] if environment else ['--offline']
+    ended = end(start('--source', source, *flags, **environment, PYTHONPATH=str(tmp_path)))
+    assert ended[0] == status and says in ended[1], ended

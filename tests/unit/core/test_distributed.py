@@ -1,0 +1,181 @@
+"""Several ranks on one machine: the same batches and losses, saving and going on, and what ends a run."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from configurator import UserError
+from core import distributed
+from core.checkpoint import load_checkpoint
+from core.distributed import join_ranks, lost_ranks_told, resume_command
+from tests.helpers.scripts import ROOT, SETTINGS, Script, metrics
+
+PROFILED = """
+import json, runpy, torch
+with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    runpy.run_path('train.py', run_name='__main__')
+print(json.dumps({event.key: event.count for event in profile.key_averages() if 'gloo:' in event.key}))
+"""
+
+
+def torchrun(*words, restarts=0):
+    """train.py on two ranks as a user types it, in a process group of its own; returns the Popen."""
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+               f'--max-restarts={restarts}', 'train.py', *SETTINGS, '--max_iters=100000', *words]
+    # without the second, restarted ranks look for each other where the dead ones were
+    around = {'OMP_NUM_THREADS': '1', 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'}
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            start_new_session=True, env=os.environ | around)
+
+
+def kill_rank(process, rank):
+    found = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
+    pid, = [int(pid) for pid in found
+            if b'\0RANK=%d\0' % rank in Path('/proc', pid, 'environ').read_bytes()]
+    os.kill(pid, signal.SIGKILL)
+
+
+def on_ranks(ranks, *words, program='train.py'):
+    """train.py on some ranks until its end, without torchrun and its time; returns what rank 0 prints."""
+    store = dist.TCPStore('localhost', 0, is_master=True, wait_for_workers=False)
+    around = {'WORLD_SIZE': ranks, 'LOCAL_WORLD_SIZE': ranks, 'MASTER_ADDR': 'localhost',
+              'MASTER_PORT': store.port, 'TORCHELASTIC_USE_AGENT_STORE': True}
+    runs = [Script(program, *words, **{name: str(value) for name, value in (
+        around | {'RANK': rank, 'LOCAL_RANK': rank}).items()}) for rank in range(ranks)]
+    for run in runs:
+        run.finish()
+    return runs[0].out
+
+
+@pytest.fixture(scope='module')
+def runs(data, tmp_path_factory):
+    """A folder with runs out-1, out-2 and out-4 on as many ranks."""
+    folder = tmp_path_factory.mktemp('ranks')
+    words = [*SETTINGS, f'--dataset={data}', '--max_iters=50', '--eval_interval=25', '--optimizer=adamw']
+    # of 2 ranks each has 2 micro-batches of a step, of 4 a part of one
+    for ranks, *more in (1,), (2, '--batch_size=2', '--gradient_accumulation_steps=4'), (4,):
+        on_ranks(ranks, *words, *more, f'--out_dir={folder}/out-{ranks}')
+    return folder
+
+
+def assert_same_losses(one, other):
+    """1e-4 between training losses, 1e-5 between validation losses: only the order of additions differs."""
+    assert [line['iter'] for line in one] == [line['iter'] for line in other]
+    for ours, theirs in zip(one, other, strict=True):
+        for key, near in ('loss', 1e-4), ('grad_norm', 1e-2), ('val_loss', 1e-5):
+            assert ours.get(key, 0) == pytest.approx(theirs.get(key, 0), rel=near), (key, ours, theirs)
+
+
+@pytest.mark.parametrize('ranks', [2, 4])
+def test_any_number_of_ranks_has_the_same_losses(runs, ranks):
+    one = metrics(runs / 'out-1')
+    assert len(one) == 53
+    assert_same_losses(one, metrics(runs / f'out-{ranks}'))
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(runs, tmp_path):
+    ended = []
+    for saved_by, goes_on in (2, 1), (1, 2):
+        out = tmp_path / f'out-{saved_by}'
+        shutil.copytree(runs / out.name, out)
+        on_ranks(goes_on, '--init_from=resume', '--max_iters=60', f'--out_dir={out}')
+        ended.append(metrics(out))
+    assert ended[0][-1]['iter'] == 60
+    assert_same_losses(*ended)
+
+
+def test_ctrl_c_saves_and_names_the_command(data, tmp_path):
+    """The terminal tells torchrun and the ranks, torchrun the ranks once more: still one Ctrl-C."""
+    process = torchrun(f'--dataset={data}', f'--out_dir={tmp_path}/out')
+    assert any('step 5/' in line for line in process.stdout)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    (step, command), = re.findall(r'stopped at step (\d+) and saved; go on with: (.*)', err)
+    assert load_checkpoint(tmp_path / 'out' / 'ckpt.pt')['iter'] == int(step) > 5
+    assert command == ('torchrun --standalone --nproc_per_node=2 train.py --init_from resume '
+                       f'--out_dir {tmp_path}/out')
+
+
+def test_a_rank_that_dies_takes_the_run_down(data, tmp_path):
+    """Rank 0, the one that saves."""
+    process = torchrun(f'--dataset={data}', f'--out_dir={tmp_path}/out', '--eval_interval=5')
+    assert any('step 8/' in line for line in process.stdout)
+    kill_rank(process, 0)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 1, err
+    assert 'does not reach the others' in err and '--init_from resume' in err
+    assert 'RuntimeError' not in err
+    assert load_checkpoint(tmp_path / 'out' / 'ckpt.pt')['iter'] >= 5
+
+
+def test_torchrun_restarts_a_run_from_its_last_checkpoint(data, tmp_path):
+    process = torchrun(f'--dataset={data}', f'--out_dir={tmp_path}/out', '--eval_interval=5', restarts=1)
+    assert any('step 8/' in line for line in process.stdout)
+    kill_rank(process, 1)
+    assert any('parameters on 2 cpu' in line for line in process.stdout)  # once more
+    first = next(line for line in process.stdout if re.match(r'step \d+/', line))
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    step = int(first.removeprefix('step ').split('/')[0])
+    assert step >= 5 and step % 5 == 0
+    losses = [line['iter'] for line in metrics(tmp_path / 'out') if 'loss' in line]
+    assert losses == list(range(len(losses))) and len(losses) > step
+
+
+@pytest.mark.parametrize('end, said', [
+    (None, ''), (UserError('nan'), ''), (SystemExit(130), ''), (ZeroDivisionError(), ''),
+    (dist.DistBackendError('NCCL error: out of memory'), ''),  # which `run` tells of
+    (dist.DistBackendError('NCCL error in: x.cpp:94, unhandled cuda error\nmore'), 'unhandled cuda error; '),
+    (RuntimeError('[gloo/tcp/pair.cc] Connection closed by peer'), 'Connection closed by peer; what was')])
+def test_every_end_leaves_the_group_and_a_failed_exchange_is_one_line(monkeypatch, capsys, end, said):
+    left = []
+    monkeypatch.setattr(dist, 'is_initialized', lambda: True)
+    monkeypatch.setattr(dist, 'destroy_process_group', lambda: left.append(True))
+    try:
+        with lost_ranks_told('out'):
+            if end:
+                raise end
+    except BaseException as raised:
+        assert raised is end or (said and isinstance(raised, SystemExit) and raised.code == 1)
+    err = capsys.readouterr().err
+    assert left == [True] and said in err and err.count('\n') == bool(said)
+
+
+@pytest.mark.parametrize('name, options', [
+    ('cuda:1', {'backend': 'nccl', 'device_id': torch.device('cuda', 1)}), ('cpu', {'backend': 'gloo'})])
+def test_how_ranks_join(monkeypatch, name, options):
+    joined = []
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    monkeypatch.setattr(dist, 'init_process_group', lambda **options: joined.append(options))
+    monkeypatch.setattr(distributed, 'DistributedDataParallel', lambda model, **options: options)
+    assert join_ranks('model', torch.device(name)) == {
+        'broadcast_buffers': False, 'gradient_as_bucket_view': True}
+    assert joined == [options]
+
+
+def test_a_step_has_five_exchanges(data, tmp_path):
+    """Whatever the number of micro-batches: one of the gradients, one of Muon's steps for each of the three
+    shapes of matrices, and one of the figures."""
+    (tmp_path / 'profiled.py').write_text(PROFILED)
+    counted = [Counter(json.loads(on_ranks(
+        2, *SETTINGS, f'--dataset={data}', f'--out_dir={tmp_path}/{steps}', f'--max_iters={steps}',
+        '--gradient_accumulation_steps=4', program=tmp_path / 'profiled.py').splitlines()[-1]))
+        for steps in (2, 6)]
+    assert counted[1] - counted[0] == {'gloo:all_reduce': 8, 'gloo:all_gather': 12}
+
+
+def test_on_several_machines_the_command_leaves_their_options_out(monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '4')
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
+    command = "torchrun ... --nproc_per_node=2 train.py --init_from resume --out_dir 'my run'"
+    assert resume_command('my run') == command
