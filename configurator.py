@@ -24,6 +24,8 @@ from pathlib import Path
 
 KINDS = {bool: 'True or False', int: 'an int', float: 'a finite number', str: 'a str'}
 ENDINGS = ('.py', '.json')
+ROOT = Path(__file__).resolve().parent
+OUR_PACKAGES = 'core', 'data', 'formats', 'tools', 'model', 'configurator'
 
 
 def in_range(above=-math.inf, at_least=-math.inf, below=math.inf, at_most=math.inf, **values):
@@ -190,10 +192,10 @@ def print_help(settings_globals):
         print(f'  --{key:{max(map(len, defaults))}}  {default:24}  {comments[key]}'.rstrip())
 
 
-# mistakes ----------------------------------------------------------------------
+# mistakes of users -------------------------------------------------------------
 
 class UserError(Exception):
-    """A person's mistake: `run` prints it as one line on stderr and exits with `status`."""
+    """A user's mistake. `run` prints it as one line on stderr and exits with `status`."""
     status = 1
 
 
@@ -202,87 +204,146 @@ class SettingError(UserError):
     status = 2
 
 
-def script_path(name):
-    """How to type a script of ours, from wherever we are."""
-    return shlex.quote(os.path.relpath(os.path.join(os.path.dirname(os.path.abspath(__file__)), name)))
-
-
 def run(main, less_memory=''):
-    """Call `main()`: a mistake, an OSError or Ctrl-C ends in one line and a status, a bug in a traceback.
+    """Call `main()`. A user's mistake, an I/O error or Ctrl-C ends in one line and an exit status.
 
-    less_memory: what to do where memory runs out.
+    A bug keeps its traceback. TRACEBACK=1 in the environment shows that of any error.
+    less_memory: advice to add if memory runs out.
     """
+    set_up_streams()
     message = ''
-    for stream in sys.stdout, sys.stderr:
-        if hasattr(stream, 'reconfigure'):
-            if stream.isatty():  # what it cannot show is no reason to end
-                stream.reconfigure(errors='replace')
-            else:  # names of files may have bytes that are no UTF-8
-                stream.reconfigure(encoding='utf-8', errors='surrogateescape')
     try:
         main()
-        print(end='', flush=True)  # a full disk or a closed pipe shows here at the latest
+        sys.stdout.flush()  # a full disk or a closed pipe shows here at the latest
         return
-    except (KeyboardInterrupt, BrokenPipeError) as error:  # the latter as in `sample.py | head`
-        status = 130 if isinstance(error, KeyboardInterrupt) else 141
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:  # as in `python sample.py | head`
+        status = 141
     except UserError as error:
-        status, message = error.status, str(error)
-    except ModuleNotFoundError as error:  # an optional package, imported where it is used
-        status, message = 1, f'this needs a package: pip install {error.name}'
+        status = error.status
+        message = str(error)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split('.')[0] in OUR_PACKAGES:
+            raise  # not an optional package: a wrong import of ours
+        status = 1
+        message = f'this needs a package: pip install {error.name}'
     except OSError as error:
-        status, message = 1, ': '.join(map(str, filter(None, (error.filename, error.strerror or error))))
+        status = 1
+        message = error.strerror or str(error)
+        if error.filename:
+            message = f'{error.filename}: {message}'
     except Exception as error:
         if not out_of_memory(error):
             raise
-        status, message = 1, ': '.join(filter(None, ('out of memory', less_memory)))
-    try:
-        print(end='', flush=True)
-    except OSError:  # what stdout will not take is dropped, or Python would complain of it once more at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+        message = 'out of memory'
+        if less_memory:
+            message += f': {less_memory}'
+    if os.environ.get('TRACEBACK'):
+        traceback.print_exc()
+    drop_unwritable_output()
     if message:
-        if int(os.environ.get('LOCAL_RANK', 0)):
-            # mostly it is one of all ranks: rank 0 tells of it, and torchrun ends those that wait here
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(5)
-        from tqdm import tqdm
-
-        message = f'{os.path.basename(sys.argv[0])}: {" ".join(printable(message).splitlines())[:2000]}'
-        tqdm.write(message, file=sys.stderr)  # above a bar that stands there
+        print_message(message)
     raise SystemExit(status)
 
 
+def set_up_streams():
+    """Let stdout and stderr take any text: a terminal shows what it can, files and pipes are UTF-8."""
+    for stream in sys.stdout, sys.stderr:
+        if not hasattr(stream, 'reconfigure'):
+            continue
+        if stream.isatty():
+            stream.reconfigure(errors='replace')
+        else:  # surrogateescape: file names may have bytes that are not UTF-8
+            stream.reconfigure(encoding='utf-8', errors='surrogateescape')
+
+
+def drop_unwritable_output():
+    """Drop buffered output that stdout does not take, or Python would complain about it again at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def print_message(message):
+    """Print one line on stderr, above a progress bar if there is one."""
+    from tqdm import tqdm
+
+    if int(os.environ.get('LOCAL_RANK', 0)) > 0:
+        # Usually every rank fails the same way: let rank 0 print, and wait for torchrun to end this one.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
+    line = ' '.join(printable(message).splitlines())
+    script = os.path.basename(sys.argv[0])
+    tqdm.write(f'{script}: {line[:2000]}', file=sys.stderr)
+
+
 def printable(text):
-    """`text` with U+FFFD for each character that a terminal would obey, or that no file can have."""
-    # lone surrogates but those that stand for bytes of file names
+    """Replace control characters and lone surrogates by U+FFFD.
+
+    Surrogates that stand for bytes of a file name (surrogateescape) are kept.
+    """
     return re.sub('[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udc7f\udd00-\udfff]', '\N{REPLACEMENT CHARACTER}', text)
 
 
+def script_path(name):
+    """Return the path of one of our scripts relative to the working directory, quoted for the shell."""
+    return shlex.quote(os.path.relpath(ROOT / name))
+
+
+# what torch, the system and other libraries say when memory runs out
+OUT_OF_MEMORY = (
+    "out of memory|can't allocate memory|annot allocate memory|not enough memory|bad_alloc|"
+    'Resource temporarily unavailable')  # the last if a thread cannot be started
+
+
 def out_of_memory(error):
-    """Whether memory has run out: torch has one exception for CUDA and mere words for MPS and CPUs."""
-    words = ("out of memory|can't allocate memory|annot allocate memory|not enough memory|bad_alloc|"
-             'Resource temporarily unavailable')  # the last of a thread that cannot be started
-    return isinstance(error, MemoryError) or (
-        isinstance(error, (RuntimeError, OSError)) and bool(re.search(words, str(error))))
+    """Return whether memory has run out: only for CUDA torch has a class of its own."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, (RuntimeError, OSError)) and re.search(OUT_OF_MEMORY, str(error)) is not None
 
 
 @contextlib.contextmanager
 def user_errors(what, problem='is damaged or not what it should be'):
-    """The door for what comes from outside: any error in here is one line, "WHAT PROBLEM: reason".
+    """Turn an error while a library reads a foreign file into a UserError, "WHAT PROBLEM: reason".
 
-    UserErrors pass as they are, and so does the want of a package, of memory or of room on the disk.
+    Wrap only the library's call and the check of what it returned, which raises ValueError. UserErrors,
+    missing packages, out-of-memory and full-disk errors pass through, and so does a bug in our own code.
     """
     try:
-        with warnings.catch_warnings(action='ignore'):  # what a library says of the file is said below
+        with warnings.catch_warnings(action='ignore'):  # the error says what matters
             yield
-    except Exception as error:  # of one broken file, many libraries have many
-        while error.__cause__:
-            error = error.__cause__
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-        if full or out_of_memory(error) or isinstance(error, (UserError, ModuleNotFoundError)):
-            raise error from None
-        reason = f'no entry {error}' if isinstance(error, KeyError) else str(error) or type(error).__name__
-        reason = re.sub(r'\x1b\[[\d;]*m', '', reason)  # colours
-        advice = 'trust|weights_only|allowlist|documentation|issue'  # of libraries: to run what is there
-        reason = [part for part in re.split(r'(?<=\.)\s+|\n+', reason) if not re.search(advice, part)]
-        reason = ' '.join(' '.join(reason).split())
-        raise UserError(f'{what} {problem}: {reason[:300]}') from None
+    except (UserError, ModuleNotFoundError):
+        raise
+    except Exception as error:  # libraries raise errors of many classes
+        if disk_is_full(error) or out_of_memory(error) or is_our_bug(error):
+            raise
+        raise UserError(f'{what} {problem}: {reason_of(error)}') from error
+
+
+def disk_is_full(error):
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+
+
+def is_our_bug(error):
+    """Return whether an error is a bug's, and was raised by a line of this repository, not of a library."""
+    if not isinstance(error, (NameError, AttributeError, TypeError, AssertionError)):
+        return False
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    path = Path(frame.f_code.co_filename)
+    return path.is_relative_to(ROOT) and 'site-packages' not in path.parts
+
+
+def reason_of(error):
+    """Return in one line why a library failed, without its colours and its advice to run foreign code."""
+    while error.__cause__:
+        error = error.__cause__
+    if isinstance(error, KeyError):
+        return f'no entry {error}'
+    text = re.sub(r'\x1b\[[\d;]*m', '', str(error)) or type(error).__name__
+    advice = 'trust|weights_only|allowlist|documentation|issue'
+    sentences = [part for part in re.split(r'(?<=\.)\s+|\n+', text) if not re.search(advice, part)]
+    return ' '.join(' '.join(sentences).split())[:300]

@@ -29,10 +29,11 @@ from configurator import (
     one_of,
     out_of_memory,
     run,
+    script_path,
     settings,
     user_errors,
 )
-from core.checkpoint import RunFolder, load_checkpoint, prepared_folder
+from core.checkpoint import RunFolder, load_checkpoint
 from core.device import (
     IdleCores,
     autocast,
@@ -49,7 +50,7 @@ from core.generate import opening, sample_story
 from core.kernels import use_fast_cpu_kernels
 from core.optim import make_optimizers
 from core.progress import Progress, check_tracker, diverged, hardware
-from data.shards import SPLITS, Batches, Split, fingerprint
+from data.shards import SPLITS, Batches, Split, fingerprint, prepared_folder
 from data.tokenizer import load_tokenizer
 from formats.pretrained import load_pretrained
 from model import GPT, GPTConfig

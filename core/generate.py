@@ -197,8 +197,9 @@ def first_words(text, tokenizer, longest):
 
 def sample_story(model, tokenizer, seed, prompt=(), stopped=lambda: False):
     """A story that begins with the ids `prompt`, for a person to see; cut short once stopped() is true."""
-    steps = generate_until(model, [[tokenizer.delimiter, *prompt]], tokenizer.delimiter, model.config.block_size,
-                      temperature=0.8, suppress=(tokenizer.blank, tokenizer.middle), seed=seed)
+    steps = generate_until(model, [[tokenizer.delimiter, *prompt]], tokenizer.delimiter,
+                           model.config.block_size, temperature=0.8,
+                           suppress=(tokenizer.blank, tokenizer.middle), seed=seed)
     for (story,), growing in steps:
         if not growing or stopped():
             return infill.decode(tokenizer, [*prompt, *story])

@@ -23,13 +23,13 @@ from operator import methodcaller
 from tqdm import tqdm
 
 from configurator import SettingError, UserError, configure, in_range, one_of, run, user_errors
-from core.checkpoint import FILES, RunFolder, load_model, prepared_folder
+from core.checkpoint import FILES, RunFolder, load_model
 from core.device import DTYPES, choose_device, choose_dtype, configure_memory
 from core.evaluate import evaluate, infill_rows, score
 from core.generate import first_words, generate_stories
 from core.progress import run_facts
 from data.files import write_atomically
-from data.shards import Split, fingerprint
+from data.shards import Split, fingerprint, prepared_folder
 from data.tokenizer import load_tokenizer
 from formats.pretrained import load_with_tokenizer
 from tools import quality

@@ -238,7 +238,8 @@ def main():
     print(f'text: {size / 1e6:.1f} MB in {seconds:.1f} s, {size / 1e6 / seconds:.1f} MB/s')
     recipe = '_'.join(['quickstart'] * (source == 'sample') + ['infill'] * (infill_rate > 0))
     dataset = f' --dataset {shlex.quote(out_dir)}' if out_dir else ''
-    print('next: python', script_path('train.py') + (recipe and f" {script_path(f'config/{recipe}.py')}") + dataset)
+    config = f" {script_path(f'config/{recipe}.py')}" if recipe else ''
+    print('next: python', script_path('train.py') + config + dataset)
 
 
 if __name__ == '__main__':

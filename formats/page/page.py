@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 
 from configurator import UserError, printable
-from core.checkpoint import load_model, prepared_folder
+from core.checkpoint import load_model
 from core.evaluate import evaluate, score
 from core.quantize import round_to_int8
-from data.shards import Split, fingerprint
+from data.shards import Split, fingerprint, prepared_folder
 from formats import base
 from formats.page.vocabulary import vocabulary
 from model import GPTConfig

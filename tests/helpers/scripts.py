@@ -12,7 +12,7 @@ from pathlib import Path
 from data.shards import ShardWriter
 from data.tokenizer import CharTokenizer
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 STORIES = [f'Once there was a dog number {i}. It ran to the tree. The dog was happy.' for i in range(300)]
 # An epoch of these is 37 steps of 8 sequences.
 SETTINGS = ['--n_layer=2', '--n_head=2', '--n_embd=32', '--block_size=64', '--batch_size=4',
@@ -103,3 +103,17 @@ class Script:
 
 def script(*words, status=0, cwd=ROOT, **environment):
     return Script(*words, cwd=cwd, **environment).finish(status)
+
+
+def on_ranks(ranks, *words, program='train.py'):
+    """train.py on some ranks until its end, without torchrun and its time; returns what rank 0 prints."""
+    import torch.distributed as dist
+
+    store = dist.TCPStore('localhost', 0, is_master=True, wait_for_workers=False)
+    around = {'WORLD_SIZE': ranks, 'LOCAL_WORLD_SIZE': ranks, 'MASTER_ADDR': 'localhost',
+              'MASTER_PORT': store.port, 'TORCHELASTIC_USE_AGENT_STORE': True}
+    runs = [Script(program, *words, **{name: str(value) for name, value in (
+        around | {'RANK': rank, 'LOCAL_RANK': rank}).items()}) for rank in range(ranks)]
+    for run in runs:
+        run.finish()
+    return runs[0].out

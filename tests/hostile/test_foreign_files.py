@@ -19,8 +19,10 @@ from formats.llama2c import Llama2c
 from formats.plain import Safetensors
 from formats.pretrained import load_pretrained, open_tokenizer
 from model import GPT, GPTConfig
+from tests.helpers.models import needs_export_packages
 from tests.helpers.scripts import prepare
-from tests.test_formats import needs_all, trained, write
+from tests.helpers.tokenizers import trained_tokenizer
+from tests.unit.formats.test_formats import write
 
 odd = st.one_of(
     st.none(), st.booleans(), st.integers(), st.integers(-2, 2), st.floats(), st.text(max_size=9),
@@ -77,14 +79,14 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def checkpoint():
-    enc = trained('char')
+    enc = trained_tokenizer('char')
     config = {'n_layer': 2, 'n_head': 2, 'n_embd': 8, 'vocab_size': enc.vocab_size, 'block_size': 8}
     return {'model': dict(GPT(GPTConfig(**config)).state_dict()), 'config': config, 'tokenizer': enc.state(),
             'settings': {'out_dir': 'out', 'dataset': 'd', 'n_layer': 2}, 'iter': 3, 'best_val_loss': 1.0,
             'best_iter': 2, 'fingerprint': 'a', 'infill_rate': 0.5}
 
 
-@needs_all
+@needs_export_packages
 def test_checkpoints(place, checkpoint):
     @many
     @given(changed(checkpoint))
@@ -122,14 +124,14 @@ def test_prepared_data(place):
     test()
 
 
-@needs_all
+@needs_export_packages
 @pytest.mark.parametrize('fmt, encoding, name', [
     (HuggingFace(), 'char', 'config.json'), (HuggingFace(), 'char', 'tokenizer.json'),
     (Safetensors(), 'char', 'tokenizer.json')])
 def test_json_of_formats(place, fmt, encoding, name):
     folder = place / f'{type(fmt).__name__}-{name}'
     folder.mkdir()
-    write(fmt, trained(encoding), folder)
+    write(fmt, trained_tokenizer(encoding), folder)
     good = json.loads((folder / name).read_bytes())
 
     @many
@@ -140,14 +142,14 @@ def test_json_of_formats(place, fmt, encoding, name):
     test()
 
 
-@needs_all
+@needs_export_packages
 @pytest.mark.parametrize('fmt, encoding, name', [
     (Safetensors(), 'char', 'model.safetensors'), (Safetensors(), 'bpe', 'tokenizer.model'),
     (Llama2c(), 'char', 'model.bin'), (Llama2c(), 'char', 'tokenizer.bin')])
 def test_bytes_of_formats(place, fmt, encoding, name):
     folder = place / f'{type(fmt).__name__}-{name}'
     folder.mkdir()
-    write(fmt, trained(encoding), folder)
+    write(fmt, trained_tokenizer(encoding), folder)
     good = (folder / name).read_bytes()
     path = folder / 'model.bin' if isinstance(fmt, Llama2c) else folder
 

@@ -10,8 +10,9 @@ from core.generate import generate
 from data.infill import prompt
 from data.tokenizer import CharTokenizer
 from formats.page.page import HTML, assembled, engine, round_weights
+from tests.helpers.models import random_checkpoint
 from tests.helpers.scripts import ROOT
-from tests.test_formats import STORIES, make
+from tests.helpers.tokenizers import BUILT_IN_STORIES as STORIES
 from tools import browser as browsers
 
 needs_browser = pytest.mark.skipif(not browsers.PROGRAM, reason='no Chromium here')
@@ -29,7 +30,7 @@ def write_page(path, **config):
     """(checkpoint, tokenizer) of a page that is written to `path`."""
     tokenizer = CharTokenizer.train([*STORIES, EVIL])
     sizes = {'block_size': 300, 'mlp_width': 64, 'std': 0.2}
-    checkpoint = make(tokenizer, **sizes | config) | {'infill_rate': 0.5, 'settings': {
+    checkpoint = random_checkpoint(tokenizer, **sizes | config) | {'infill_rate': 0.5, 'settings': {
         'out_dir': f'{EVIL}__WEIGHTS__', 'dataset': EVIL}, 'iter': 7}
     checkpoint['model']['embedding.weight'][tokenizer.delimiter] = 0  # else it may end at once
     HTML().write(path, checkpoint, tokenizer)

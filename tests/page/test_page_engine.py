@@ -10,8 +10,8 @@ import torch
 from core.generate import generate
 from formats import base
 from formats.page.page import PARTS, packed, round_weights
+from tests.helpers.models import CASES, small_model
 from tests.helpers.node import evaluate, needs_node
-from tests.test_model import CASES, small
 
 # A model as makeModel takes it, with the kernel or, as in a browser without SIMD, without one.
 MODEL = """(() => {
@@ -35,7 +35,7 @@ def ask(expression, model, simd=True, **more):
 @pytest.mark.parametrize('choices', [*CASES, {'n_embd': 36, 'n_head': 6, 'mlp_width': 21, 'vocab_size': 30}],
                          ids=str)
 def test_logits_are_those_of_torch_with_rounded_weights(choices, simd):
-    model = round_weights(small(**choices))
+    model = round_weights(small_model(**choices))
     ids = torch.randint(0, 23, (16,), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model(ids[None])[0]
@@ -52,7 +52,7 @@ def written(model, **settings):
 
 @needs_node
 def test_a_full_context_goes_on_as_generate_does():
-    model = round_weights(small())
+    model = round_weights(small_model())
     expected = torch.cat([*generate(model, torch.tensor([[3, 5]]), 60, temperature=0)]).tolist()
     assert [drawn['id'] for drawn in written(model, temperature=0, length=60)] == expected
 
@@ -61,7 +61,7 @@ def test_a_full_context_goes_on_as_generate_does():
 @pytest.mark.parametrize('temperature, top_p', [(1.0, 1.0), (0.7, 0.8), (2.0, 0.3)])
 def test_tokens_are_drawn_by_their_probabilities(temperature, top_p):
     """4,000 first tokens, each of another seed, beside the shares of those in the smallest set."""
-    model = round_weights(small())
+    model = round_weights(small_model())
     with torch.no_grad():
         logits = model(torch.tensor([[3, 5]]))[0, -1]
     logits[[1, 4]] = -torch.inf
@@ -86,13 +86,13 @@ def test_tokens_are_drawn_by_their_probabilities(temperature, top_p):
 
 @needs_node
 def test_the_same_seed_writes_the_same_and_no_other_does():
-    first, again, other, far = (written(small(), seed=seed, length=30) for seed in (7, 7, 8, 7 + 2**32))
+    first, again, other, far = (written(small_model(), seed=seed, length=30) for seed in (7, 7, 8, 7 + 2**32))
     assert first == again and first not in (other, far)
 
 
 @needs_node
 def test_a_ruined_model_says_so():
-    model = small()
+    model = small_model()
     model.norm.weight.data[0] = torch.nan
     caught = ask("""(() => {
         try {

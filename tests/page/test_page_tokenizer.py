@@ -18,11 +18,11 @@ from data.tokenizer_files import CONTROL, FIRST, NORMAL, UNUSED, sentencepiece_m
 from formats.page.vocabulary import USER_DEFINED, vocabulary
 from tests.helpers import scripts as tiny
 from tests.helpers.node import evaluate, needs_node
-from tests.test_tokenizer import CORPUS, ENCODINGS
-from tests.unit.data import test_tokenizer
+from tests.helpers.tokenizers import CORPUS, ENCODINGS, any_text, small_tokenizer
+from tests.helpers.tokenizers import NASTY as ODD_TEXTS
 
 pytestmark = needs_node
-NASTY = [*test_tokenizer.NASTY, f'x{3000 * " "}x', 5000 * 'a', 999 * 'ab', 999 * '\n', 99 * "'ll",
+NASTY = [*ODD_TEXTS, f'x{3000 * " "}x', 5000 * 'a', 999 * 'ab', 999 * '\n', 99 * "'ll",
          99 * '\u2581', "'S 's's '", '\x1c\x1d \x0b\x0c \x85\x85 \ufeff\ufeff\u180e\u200b ', '\r\n\r\n \n\t ',
          '\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea \ud55c\uae00\u1112\u1161 \u0627\u0644 \u0e01\u0e33',
          '1\u0661\u2167\u00bd\u4e00 \ufe0f', '__proto__ constructor </script><!-- \\ " $& $1']
@@ -30,7 +30,7 @@ NASTY = [*test_tokenizer.NASTY, f'x{3000 * " "}x', 5000 * 'a', 999 * 'ab', 999 *
 
 @cache
 def make(encoding):
-    return others() if encoding == 'lossy' else test_tokenizer.make(encoding)
+    return others() if encoding == 'lossy' else small_tokenizer(encoding)
 
 
 def others(**options):
@@ -65,7 +65,7 @@ def texts():
     found = [*tiny.STORIES[:20], *stories(100, 1), *NASTY, ' \n'.join(NASTY), *map(chr, range(0x400))]
 
     @settings(max_examples=200, deadline=None, database=None)
-    @given(test_tokenizer.texts)
+    @given(any_text)
     def collect(text):
         found.append(text)
 

@@ -10,10 +10,10 @@ import torch
 from configurator import SettingError, UserError
 from data.tokenizer import load_tokenizer
 from model import GPT, GPTConfig
+from tests.helpers.models import needs_export_packages
 from tests.helpers.scripts import STORIES, script
-from tests.test_bundle import keep_gpt2
-from tests.test_formats import needs_all
-from tools import bench
+from tests.helpers.tokenizers import keep_gpt2
+from tools import baselines, bench
 
 # A nanoGPT that trains as a peer must, and does no more
 FAKE_NANOGPT = '''
@@ -103,7 +103,7 @@ def test_sides_take_turns_and_our_fastest_counts(given, tmp_path, capsys):
     assert '4 tokens/s  (0 to 8)' in capsys.readouterr().out
 
 
-@needs_all
+@needs_export_packages
 def test_llama_cpp_writes_the_same_model_in_turn_with_us(given, monkeypatch):
     shape = dict(zip(bench.SIZES, (2, 2, 32, 64, 300), strict=True))
     given(peer='llama.cpp', device='cpu', repeats=1, _SHAPES={'15M': shape}, _VOCAB_SIZE=300, _TOKENS=16)
@@ -146,7 +146,7 @@ def test_a_run_of_an_encoding_takes_its_seconds(given):
     assert calls == [(30, 30, 7), (120, 21, 7), (60, 11, 7)]
 
 
-@needs_all
+@needs_export_packages
 def test_encodings_are_of_the_same_stories(given, tmp_path, capsys):
     """prepare.py is the real one; in the place of train.py there is one with these rates."""
     keep_gpt2(tmp_path / 'gpt2')

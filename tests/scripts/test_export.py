@@ -14,10 +14,11 @@ from formats.gguf import GGUF
 from formats.hf import HuggingFace
 from formats.llama2c import Llama2c
 from model import GPTConfig
+from tests.helpers.models import GPT2_BLOCK, UNTIED, needs_export_packages, random_checkpoint
 from tests.helpers.node import needs_node
-from tests.test_formats import GPT2_BLOCK, UNTIED, make, needs_all, trained
+from tests.helpers.tokenizers import trained_tokenizer
 
-pytestmark = needs_all
+pytestmark = needs_export_packages
 SHAPE = {'block_size': 80, 'mlp_width': 64, 'std': 0.2}
 OTHER = {'rope_theta': 500.0, 'norm_eps': 0.1}
 
@@ -27,7 +28,8 @@ def run(tmp_path, monkeypatch, capsys):
     """run(format, config, **settings) exports a random model to tmp_path/to; returns what it prints."""
     def run(format, config, encoding='char', ckpt='best', **settings):
         (tmp_path / 'out').mkdir(exist_ok=True)
-        torch.save(make(trained(encoding), **SHAPE | config), tmp_path / 'out' / FILES[ckpt])
+        checkpoint = random_checkpoint(trained_tokenizer(encoding), **SHAPE | config)
+        torch.save(checkpoint, tmp_path / 'out' / FILES[ckpt])
         given = {'out_dir': str(tmp_path / 'out'), 'format': format, 'path': str(tmp_path / 'to')}
         for name, value in (given | {'ckpt': ckpt} | settings).items():
             monkeypatch.setattr(export, name, value)
@@ -62,7 +64,8 @@ def test_what_a_killed_export_left_is_removed(run, tmp_path):
 
 
 def test_a_small_mistake_is_ten_times_the_largest_bound():
-    checkpoint, tokenizer, fmt = make(trained('char'), **SHAPE), trained('char'), Llama2c(int8=True)
+    tokenizer, fmt = trained_tokenizer('char'), Llama2c(int8=True)
+    checkpoint = random_checkpoint(tokenizer, **SHAPE)
     assert fmt.bound >= max(GGUF('q8_0').bound, GGUF('f16').bound, HuggingFace().bound)
     weights, v = checkpoint['model'], 'blocks.0.attn.v.weight'
     here, there = 'blocks.0.attn.proj.weight', 'blocks.1.attn.proj.weight'

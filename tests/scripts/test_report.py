@@ -107,7 +107,7 @@ def test_other_data_is_refused(run, given, tmp_path, monkeypatch, change, error)
         checkpoint['tokenizer'] = checkpoint['tokenizer'] | {'pieces': []}
     checkpoint['settings'] |= {'dataset': str(tmp_path / 'data')}
     checkpoint['fingerprint'] = 'another'
-    monkeypatch.setattr('checkpoint.load_checkpoint', lambda _: checkpoint)
+    monkeypatch.setattr('core.checkpoint.load_checkpoint', lambda _: checkpoint)
     given(f'--out_dir={run[0]}')
     with pytest.raises(UserError, match=error):
         report.main()

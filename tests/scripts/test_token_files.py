@@ -13,7 +13,7 @@ from data.shards import read_meta
 from data.tiny_stories import prepare
 from data.tokenizer import load_tokenizer
 from tests.helpers.scripts import STORIES
-from tests.test_prepare import prepared  # noqa: F401, a fixture
+from tests.scripts.test_prepare import prepared  # noqa: F401, a fixture
 
 TEXT = 'To be, or not to be:\nthat is the question \u00e9\u4f60!\n' * 40
 CHARS = sorted(set(TEXT))
@@ -31,7 +31,7 @@ def shards(folder, split):
 @pytest.fixture
 def take(prepared, tmp_path, monkeypatch):  # noqa: F811
     """take(tokenizer, **settings) is prepare.main() for the folder `theirs`: ({split: ids}, meta.json)."""
-    monkeypatch.setattr('tests.test_prepare.read', lambda folder: folder)
+    monkeypatch.setattr('tests.scripts.test_prepare.read', lambda folder: folder)
 
     def run(tokenizer, **given):
         folder = prepared(tmp_path / 'theirs', tokenizer=str(tokenizer), **given)

@@ -42,9 +42,9 @@ def test_run_leaves_a_bug_its_traceback():
 def test_rank_0_tells_of_a_mistake_of_all_ranks(monkeypatch, capsys, rank, expected):
     calls = []
     monkeypatch.setenv('LOCAL_RANK', rank)
-    monkeypatch.setattr('errors.time.sleep', calls.append)
-    monkeypatch.setattr('errors.signal.signal', lambda *args: calls.append(args))
-    monkeypatch.setattr('errors.signal.getsignal', lambda number: None)  # Ctrl-C has its own test
+    monkeypatch.setattr('configurator.time.sleep', calls.append)
+    monkeypatch.setattr('configurator.signal.signal', lambda *args: calls.append(args))
+    monkeypatch.setattr('configurator.signal.getsignal', lambda number: None)  # Ctrl-C has its own test
     with pytest.raises(SystemExit):
         run(lambda: os.stat('no_such/file'))
     assert calls == expected and 'no_such/file' in capsys.readouterr().err

@@ -8,26 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from model import GPT, GPTConfig
-
-GPT2_BLOCK = {'norm': 'layer', 'position': 'learned', 'mlp': 'gelu', 'bias': True}
-CASES = [
-    {},
-    GPT2_BLOCK,
-    {'norm': 'layer', 'position': 'sinusoidal', 'mlp': 'relu', 'bias': True, 'tie_embeddings': False},
-    {'n_kv_head': 2, 'mlp': 'relu2', 'qk_norm': True, 'rope_theta': 500.0},
-    {'n_kv_head': 1, 'mlp_width': 24, 'norm_eps': 1e-2, 'bias': True},
-    {'norm': 'layer', 'qk_norm': True},
-]
-
-
-def small(**choices):
-    torch.manual_seed(1)
-    sizes = {'block_size': 16, 'vocab_size': 23, 'n_layer': 2, 'n_head': 4, 'n_embd': 32}
-    model = GPT(GPTConfig(**sizes | choices))
-    with torch.no_grad():  # weights far from their initial scale, so that every term shows
-        for p in model.parameters():
-            p.add_(0.2 * torch.randn_like(p))
-    return model.eval()
+from tests.helpers.models import CASES, GPT2_BLOCK, small_model
 
 
 def naive_norm(x, weights, name, config):
@@ -92,7 +73,7 @@ def naive_logits(model, tokens):
 
 @pytest.mark.parametrize('choices', CASES, ids=str)
 def test_logits_are_those_of_the_naive_model(choices):
-    model, tokens = small(**choices), torch.randint(0, 23, (11,))
+    model, tokens = small_model(**choices), torch.randint(0, 23, (11,))
     with torch.no_grad():
         torch.testing.assert_close(model(tokens[None])[0], naive_logits(model, tokens), atol=1e-4, rtol=1e-4)
 
@@ -106,10 +87,10 @@ def gradient(model, loss):
 @pytest.mark.parametrize('rows', [1, 3, 100])
 @pytest.mark.parametrize('tied', [True, False])
 def test_the_loss_and_its_gradients_are_those_of_all_logits_at_once(rows, tied):
-    model, idx = small(tie_embeddings=tied), torch.randint(0, 23, (2, 9))
+    model, idx = small_model(tie_embeddings=tied), torch.randint(0, 23, (2, 9))
     x, y = idx[:, :-1], idx[:, 1:].clone()
     y[0, 5:], y[1, 0] = -1, 0  # no target; the first id
-    loss = model(x, y, rows=rows)
+    loss = model(x, y, chunk_size=rows)
     expected = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=-1)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradient(model, 3 * loss), gradient(model, 3 * expected), atol=1e-6, rtol=1e-4)
@@ -117,10 +98,10 @@ def test_the_loss_and_its_gradients_are_those_of_all_logits_at_once(rows, tied):
 
 @pytest.mark.parametrize('choices', CASES, ids=str)
 def test_autocast_on_the_cpu_is_near_the_float32_model(choices):
-    model, idx = small(**choices), torch.randint(0, 23, (4, 17))
+    model, idx = small_model(**choices), torch.randint(0, 23, (4, 17))
     exact = model(idx[:, :-1], idx[:, 1:])
     with torch.autocast('cpu', torch.bfloat16):
-        rounded = model(idx[:, :-1], idx[:, 1:], rows=7)
+        rounded = model(idx[:, :-1], idx[:, 1:], chunk_size=7)
     assert rounded.dtype == torch.float32 and rounded.item() == pytest.approx(exact.item(), rel=0.02)
     expected = gradient(model, exact)
     assert (gradient(model, rounded) - expected).norm() < 0.05 * expected.norm()
@@ -142,7 +123,7 @@ def test_every_parameter_is_initialised_at_its_scale(choices):
 
 
 def test_dropout_changes_the_training_loss_alone(monkeypatch):
-    model, idx, places = small(dropout=0.5), torch.randint(0, 23, (2, 10)), []
+    model, idx, places = small_model(dropout=0.5), torch.randint(0, 23, (2, 10)), []
     x, y = idx[:, :-1], idx[:, 1:]
     assert model(x, y) == model(x, y)
     model.train()
@@ -188,7 +169,7 @@ def test_grouped_queries_make_no_scores_of_all_pairs(monkeypatch, kind, k_heads)
     calls, attend = [], F.scaled_dot_product_attention
     monkeypatch.setattr(F, 'scaled_dot_product_attention', lambda q, k, v, **more: (
         calls.append((k.size(1), v.size(1), more['enable_gqa'])), attend(q, k, v, **more))[1])
-    attention, x = small(n_kv_head=2, position='learned').blocks[0].attn, torch.randn(2, 16, 32)
+    attention, x = small_model(n_kv_head=2, position='learned').blocks[0].attn, torch.randn(2, 16, 32)
     torch.testing.assert_close(attention(x.as_subclass(kind), None, None).as_subclass(torch.Tensor),
                                attention(x, None, None))
     assert calls[0] == (k_heads, k_heads, k_heads == 2)

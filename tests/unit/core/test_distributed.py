@@ -18,7 +18,7 @@ from configurator import UserError
 from core import distributed
 from core.checkpoint import load_checkpoint
 from core.distributed import join_ranks, lost_ranks_told, resume_command
-from tests.helpers.scripts import ROOT, SETTINGS, Script, metrics
+from tests.helpers.scripts import ROOT, SETTINGS, metrics, on_ranks
 
 PROFILED = """
 import json, runpy, torch
@@ -43,18 +43,6 @@ def kill_rank(process, rank):
     pid, = [int(pid) for pid in found
             if b'\0RANK=%d\0' % rank in Path('/proc', pid, 'environ').read_bytes()]
     os.kill(pid, signal.SIGKILL)
-
-
-def on_ranks(ranks, *words, program='train.py'):
-    """train.py on some ranks until its end, without torchrun and its time; returns what rank 0 prints."""
-    store = dist.TCPStore('localhost', 0, is_master=True, wait_for_workers=False)
-    around = {'WORLD_SIZE': ranks, 'LOCAL_WORLD_SIZE': ranks, 'MASTER_ADDR': 'localhost',
-              'MASTER_PORT': store.port, 'TORCHELASTIC_USE_AGENT_STORE': True}
-    runs = [Script(program, *words, **{name: str(value) for name, value in (
-        around | {'RANK': rank, 'LOCAL_RANK': rank}).items()}) for rank in range(ranks)]
-    for run in runs:
-        run.finish()
-    return runs[0].out
 
 
 @pytest.fixture(scope='module')

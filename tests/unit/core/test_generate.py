@@ -5,13 +5,13 @@ import torch
 
 from core.generate import KVCache, generate, sample_token
 from model import GPT
-from tests.test_model import CASES, small
+from tests.helpers.models import CASES, small_model
 
 
 @pytest.mark.parametrize('choices', CASES, ids=str)
 def test_cached_logits_equal_uncached_ones(choices):
     """Prefill of 3, a second chunk of 4, then token by token."""
-    model, idx = small(**choices), torch.randint(0, 23, (2, 16))
+    model, idx = small_model(**choices), torch.randint(0, 23, (2, 16))
     cache = KVCache(model.config, 2, 'cpu', torch.float32)
     with torch.no_grad():
         parts = [model(part, cache=cache) for part in idx.split([3, 4] + [1] * 9, dim=1)]
@@ -23,7 +23,7 @@ def test_cached_logits_equal_uncached_ones(choices):
 @pytest.mark.parametrize('choices', CASES[1:4], ids=str)
 def test_compiled_generation_gives_the_same_tokens(monkeypatch, choices):
     """Past the context too. The step compiles as one graph, once."""
-    model, idx, graphs, compile = small(**choices), torch.randint(0, 23, (2, 3)), [], torch.compile
+    model, idx, graphs, compile = small_model(**choices), torch.randint(0, 23, (2, 3)), [], torch.compile
     monkeypatch.setattr(torch, 'compile', lambda step, dynamic, mode: compile(
         step, dynamic=dynamic, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph))
     tokens = [torch.stack(list(generate(model, idx, 40, compile=how, seed=4))) for how in (False, True)]
@@ -32,7 +32,7 @@ def test_compiled_generation_gives_the_same_tokens(monkeypatch, choices):
 
 @pytest.mark.parametrize('choices', [*CASES[:3], {'block_size': 1}], ids=str)
 def test_greedy_generation_past_the_context_is_that_of_the_uncached_model(choices):
-    model = small(**choices)
+    model = small_model(**choices)
     size = model.config.block_size
     context = torch.randint(0, 23, (3, min(size, 5)))
     for token in generate(model, context, 40, temperature=0):
@@ -50,12 +50,12 @@ def test_attention_to_a_cache_is_never_cudnn_s(monkeypatch):
         return torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled()
 
     before = enabled()
-    list(generate(small(), torch.ones(1, 1, dtype=torch.long), 3))
+    list(generate(small_model(), torch.ones(1, 1, dtype=torch.long), 3))
     assert flags == 3 * [(False, True)] and enabled() == before
 
 
 def test_suppressed_tokens_are_not_drawn_by_any_random_number(monkeypatch):
-    model, idx, drawn = small(), torch.randint(0, 23, (8, 2)), []
+    model, idx, drawn = small_model(), torch.randint(0, 23, (8, 2)), []
     for _ in 'ab':
         tokens = generate(model, idx, 30, temperature=3.0, suppress=list(range(20)))
         drawn.append(set(torch.stack(list(tokens)).flatten().tolist()))

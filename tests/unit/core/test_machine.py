@@ -16,7 +16,8 @@ from tests.helpers.scripts import ROOT
 def test_more_than_a_container_has_is_refused_at_once(tmp_path, limit, refused):
     """What is asked for is never touched, so that the machine need not have it."""
     (tmp_path / 'memory.max').write_text(limit)
-    code = f"""import mmap, machine
+    code = f"""import mmap
+from core import device as machine
 machine.LIMITS = {str(tmp_path / 'memory.max')!r}, 'none'
 machine.limit_memory()
 try:
@@ -37,7 +38,7 @@ def test_others_have_the_cores_that_they_keep_busy(monkeypatch, busy, own, threa
     monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
     monkeypatch.setattr(sys, 'platform', 'linux')
     monkeypatch.setattr(IdleCores, 'times', lambda _: (*now,))
-    monkeypatch.setattr('machine.time.monotonic', lambda: now[0])
+    monkeypatch.setattr('core.device.time.monotonic', lambda: now[0])
     monkeypatch.setattr(torch, 'get_num_threads', lambda: 4)
     asked = []
     monkeypatch.setattr(torch, 'set_num_threads', asked.append)

@@ -5,7 +5,7 @@ import torch
 from torch.optim._muon import _zeropower_via_newtonschulz
 
 from core.optim import NEWTON_SCHULZ, Muon, in_shares
-from tests.test_distributed import on_ranks
+from tests.helpers.scripts import on_ranks
 
 SHAPES = (8, 8), (8, 24), (24, 8), (8, 8), (24, 8), (5, 7)
 RATE, DECAY, MOMENTUM = 0.02, 0.1, 0.9

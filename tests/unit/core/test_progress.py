@@ -140,7 +140,7 @@ def test_a_tracker_hears_the_same(begin, tmp_path, monkeypatch, name):
     """And of a run that goes on by the same name, which is another for another run."""
     monkeypatch.setattr(Progress, 'plot', lambda _: None)
     monkeypatch.setitem(sys.modules, name, tracker := Tracker(name))
-    monkeypatch.setattr('progress.time.strftime', lambda _: 'now')
+    monkeypatch.setattr('core.progress.time.strftime', lambda _: 'now')
     monkeypatch.delenv('WANDB_RUN_ID', raising=False)
     progress = begin(track=name)
     assert os.environ['WANDB_RUN_ID'] == 'out-now'
@@ -157,7 +157,7 @@ def test_a_tracker_hears_the_same(begin, tmp_path, monkeypatch, name):
     (first, _, begun), (last, _, _) = tracker.calls[0], tracker.calls[-1]
     assert (first, last) == ('init', 'finish')
     assert begun['name'] == 'out-now' and begun['resume'] == 'allow' and begun['config']['seed'] == 5
-    monkeypatch.setattr('progress.time.strftime', lambda _: 'later')
+    monkeypatch.setattr('core.progress.time.strftime', lambda _: 'later')
     for it, expected in (2, 'out-now'), (0, 'out-later'):
         begin(it, track=name)
         assert tracker.calls[-1][2]['name'] == expected

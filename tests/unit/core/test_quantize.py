@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from core.quantize import Int8Linear, to_int8
-from tests.test_model import CASES, small
+from tests.helpers.models import CASES, small_model
 
 
 @pytest.mark.parametrize('rows, bias', [(1, False), (1, True), (500, True)])
@@ -22,7 +22,7 @@ def test_an_int8_layer_multiplies_by_its_rounded_weights(rows, bias):
 
 @pytest.mark.parametrize('choices', [case | {'mlp_width': 64} for case in CASES], ids=str)
 def test_an_int8_model_is_near_the_float32_one(choices):
-    model, idx = small(**choices), torch.randint(0, 23, (2, 16))
+    model, idx = small_model(**choices), torch.randint(0, 23, (2, 16))
     with torch.no_grad():
         expected = model(idx)
         logits = to_int8(model)(idx)

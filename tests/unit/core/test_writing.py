@@ -7,8 +7,8 @@ from core.generate import generate_stories, generate_until, opening, stories_at_
 from data import infill
 from data.shards import Split
 from data.tokenizer import CharTokenizer
+from tests.helpers.models import small_model
 from tests.helpers.scripts import STORIES, prepare
-from tests.test_model import small
 
 
 def greedy(model, ids, limit, stop, least=0):
@@ -28,7 +28,7 @@ def greedy(model, ids, limit, stop, least=0):
 @pytest.mark.parametrize('least', [0, 4])
 def test_prompts_of_any_lengths_are_continued_side_by_side(least):
     """Each as by itself, a row that is whole while the others grow; the context is never full."""
-    model, prompts = small(block_size=64), [[3], [5, 6, 7, 8, 9], [5, 6], [9, 9, 1, 2]]
+    model, prompts = small_model(block_size=64), [[3], [5, 6, 7, 8, 9], [5, 6], [9, 9, 1, 2]]
     alone = [greedy(model, ids, 12, -1) for ids in prompts]
     stop = alone[1][2]  # so that at least one ends early
     expected = [greedy(model, ids, 12, stop, least) for ids in prompts]
@@ -42,7 +42,7 @@ def test_prompts_of_any_lengths_are_continued_side_by_side(least):
 
 
 def test_a_stop_at_the_limit_ends_a_row_and_does_not_stay():
-    model = small(block_size=64)
+    model = small_model(block_size=64)
     new = greedy(model, [3], 12, -1)
     stop = new[-1]
     limit = new.index(stop) + 1
@@ -51,16 +51,16 @@ def test_a_stop_at_the_limit_ends_a_row_and_does_not_stay():
 
 
 def test_many_are_written_in_batches_each_as_by_itself(monkeypatch):
-    model, prompts = small(block_size=64), [[3], [5, 6, 7, 8, 9], [5, 6], [9, 9, 1, 2], [4]]
+    model, prompts = small_model(block_size=64), [[3], [5, 6, 7, 8, 9], [5, 6], [9, 9, 1, 2], [4]]
     stop = greedy(model, prompts[1], 12, -1)[2]
     expected = [greedy(model, ids, 12, stop) for ids in prompts]
-    monkeypatch.setattr('writing.stories_at_once', lambda _: 2)
+    monkeypatch.setattr('core.generate.stories_at_once', lambda _: 2)
     assert [*generate_stories(model, prompts, stop, 12, seed=1, temperature=0)] == expected
 
 
 def test_no_two_batches_draw_the_same_numbers(monkeypatch):
-    model = small(block_size=64)
-    monkeypatch.setattr('writing.stories_at_once', lambda _: 1)
+    model = small_model(block_size=64)
+    monkeypatch.setattr('core.generate.stories_at_once', lambda _: 1)
     rows = {tuple(row) for row in generate_stories(model, [[3]] * 9, -1, 12, seed=1, temperature=3.0)}
     first, = next(iter(generate_until(model, [[3]], -1, 12, seed=1, temperature=3.0)))[0]
     assert len(rows) == 9 and first[0] in {row[0] for row in rows}
@@ -68,7 +68,7 @@ def test_no_two_batches_draw_the_same_numbers(monkeypatch):
 
 def test_as_many_at_once_as_memory_has_room_for():
     """Keys and values of a layer are (n_kv_head, block_size, head_dim), 4 bytes each."""
-    model = small(block_size=64)
+    model = small_model(block_size=64)
     assert stories_at_once(model) == 128
     model.config.block_size = 2**20
     c = model.config

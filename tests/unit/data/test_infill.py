@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import infill
-from tests.test_tokenizer import ENCODINGS, make
+from tests.helpers.tokenizers import ENCODINGS, small_tokenizer
 
 OPEN, CLOSE = '\u00e2\u20ac\u0153', '\u00e2\u20ac'  # as in the real stories
 SPLITS = [  # a story with a | where a sentence ends
@@ -56,7 +56,7 @@ texts = st.lists(parts | st.text(max_size=3), min_size=1, max_size=40).map(''.jo
 @settings(max_examples=60, deadline=None)
 @given(stories=st.lists(texts, max_size=4), rate=st.sampled_from([0, 0.5, 1]))
 def test_every_story_comes_back(encoding, stories, rate):
-    enc = make(encoding)
+    enc = small_tokenizer(encoding)
     ids, kinds = infill.encode(enc, stories, rate)
     assert ids.dtype == np.uint16 and len(kinds) == len(stories)
     found = np.split(ids, np.flatnonzero(ids == enc.delimiter))[1:]

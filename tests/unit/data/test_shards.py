@@ -104,7 +104,8 @@ def test_new_files_replace_old_ones_only_when_complete(folder):
     (folder / '.preparing-killed').mkdir()
     (folder / 'notes.txt').write_text('mine')
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    with pytest.raises(UserError, match=r'cannot write .*No space.*--out_dir'), write_dataset_atomically(folder) as (new, _):
+    refused = pytest.raises(UserError, match=r"cannot write .*No space.*--out_dir")
+    with refused, write_dataset_atomically(folder) as (new, _):
         (new / 'train_00000.bin').write_bytes(b'half')
         raise OSError(28, 'No space left on device')
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

