@@ -171,6 +171,13 @@ def check_resumable(checkpoint, config, meta, max_steps):
                            f"{checkpoint['iter']}")
 
 
+def resume(this_run, max_steps):
+    """Continue the run in out_dir from its last checkpoint. Raises SettingError if the settings do not fit."""
+    checkpoint = load_checkpoint(this_run.folder.path / 'ckpt.pt')
+    check_resumable(checkpoint, this_run.model.config, this_run.meta, max_steps)
+    this_run.restore(checkpoint)
+
+
 def load_weights(model, tokenizer):
     """Load the weights of the pretrained model `init_from`. Raises UserError if they do not suit."""
     pretrained = load_pretrained(init_from)
@@ -194,6 +201,27 @@ def lr_factor(step, max_steps):
     warmup = min(1.0, (step + 1) / (warmup_iters + 1))
     decay = max(0, max_steps - step) / max(1, max_steps - warmup_iters)
     return min(warmup, decay)
+
+
+def wants_compile(torch_device):
+    """Return whether the setting `compile` means torch.compile on this device."""
+    return compile == 'True' or (compile == 'auto' and torch_device.type == 'cuda')
+
+
+def speed_up(ddp_model, model, batch, torch_device, context):
+    """Return what trains and what evaluates (x, y): compiled, or with faster kernels on a CPU.
+
+    batch: one micro-batch to try compilation on; if that fails, training continues without it.
+    """
+    score = partial(count_loss, model)
+    if wants_compile(torch_device):
+        x, y = to_device(batch, torch_device)
+        compiled = try_compile(ddp_model, score, x, y, context)
+        if compiled:
+            return compiled
+    if torch_device.type == 'cpu':
+        use_fast_cpu_kernels(model)
+    return ddp_model, score
 
 
 def seed_dropout(step, rank):
@@ -225,16 +253,14 @@ def main():
     torch_device = choose_device(device, ranks.local_rank, ranks.world_size)
     ptdtype = choose_dtype(dtype, torch_device)
     context = autocast(torch_device, ptdtype)
-    use_compile = compile == 'True' or (compile == 'auto' and torch_device.type == 'cuda')
     configure_memory(torch_device)
-    if torch_device.type == 'cpu' and not use_compile:
+    if torch_device.type == 'cpu' and not wants_compile(torch_device):
         choose_threads()
 
     # the data
     folder = prepared_folder(dataset)
-    verify = verify_data and ranks.local_rank == 0
-    train_split = Split(folder, 'train', verify)
-    val_split = Split(folder, 'val', verify)
+    train_split = Split(folder, 'train', verify_data and ranks.local_rank == 0)
+    val_split = Split(folder, 'val', verify_data and ranks.local_rank == 0)
     tokenizer = load_tokenizer(folder)
     batches = Batches(train_split, block_size, batch_size, gradient_accumulation_steps, seed, ranks.rank,
                       ranks.world_size)
@@ -250,23 +276,13 @@ def main():
     scaler = torch.amp.GradScaler(torch_device.type, enabled=ptdtype == torch.float16)
     this_run = Run(run_folder, model, optimizers, scaler, tokenizer, train_split.meta, settings(globals()))
     if run_folder.resume:
-        checkpoint = load_checkpoint(run_folder.path / 'ckpt.pt')
-        check_resumable(checkpoint, model.config, train_split.meta, max_steps)
-        this_run.restore(checkpoint)
+        resume(this_run, max_steps)
     elif init_from != 'scratch':
         load_weights(model, tokenizer)
 
-    # several GPUs, torch.compile, faster kernels
+    # several ranks, torch.compile, faster kernels
     ddp_model = join_ranks(model, torch_device)
-    train_model, score = ddp_model, partial(count_loss, model)
-    compiled = None
-    if use_compile:
-        x, y = to_device(batches(this_run.step)[0], torch_device)
-        compiled = try_compile(train_model, score, x, y, context)
-    if compiled:
-        train_model, score = compiled
-    elif torch_device.type == 'cpu':
-        use_fast_cpu_kernels(model)
+    train_model, score = speed_up(ddp_model, model, batches(this_run.step)[0], torch_device, context)
 
     # evaluation
     stop = StopSignals()
@@ -348,9 +364,9 @@ def main():
         print(f'stopped at step {this_run.step} and saved; resume with: {resume_command(out_dir)}',
               file=sys.stderr)
     elif is_master:
-        write_stories = f"python {script_path('sample.py')} --out_dir {shlex.quote(out_dir)}"
         print(f'done at step {this_run.step}/{max_steps}: best validation loss {this_run.best_val_loss:.4f} '
-              f'at step {this_run.best_step}; write stories with: {write_stories}')
+              f'at step {this_run.best_step}; write stories with: '
+              f"python {script_path('sample.py')} --out_dir {shlex.quote(out_dir)}")
     wait_for_ranks()
     if stopping:
         raise SystemExit(stop.exit_status())

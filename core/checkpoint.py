@@ -434,4 +434,4 @@ def load_optimizer_state(optimizer, saved):
     for p, state in optimizer.state.items():
         for name, value in state.items():
             if not isinstance(value, torch.Tensor) or value.shape not in (p.shape, ()):
-                raise ValueError(f'{name} of an optimizer has a different shape than its weight, {[*p.shape]}')
+                raise ValueError(f'{name} of an optimizer has another shape than its weight, {[*p.shape]}')
