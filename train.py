@@ -172,7 +172,7 @@ def check_resumable(checkpoint, config, meta, max_steps):
 
 
 def resume(this_run, max_steps):
-    """Continue the run in out_dir from its last checkpoint. Raises SettingError if the settings do not fit."""
+    """Continue the run in out_dir from its last checkpoint. Raises SettingError if it does not fit."""
     checkpoint = load_checkpoint(this_run.folder.path / 'ckpt.pt')
     check_resumable(checkpoint, this_run.model.config, this_run.meta, max_steps)
     this_run.restore(checkpoint)
@@ -268,7 +268,7 @@ def main():
     max_steps = math.ceil(max_epochs * steps_per_epoch) if max_epochs > 0 else max_iters
     eval_every = eval_interval if eval_interval > 0 else math.ceil(steps_per_epoch)
 
-    # the model, from scratch, from a pretrained one, or as the run to resume has left it
+    # the model: from scratch, from the run to resume, or from a pretrained model
     run_folder = RunFolder(out_dir, resume=init_from == 'resume', overwrite=overwrite)
     torch.manual_seed(seed)
     model = GPT(make_config(tokenizer.vocab_size)).to(torch_device)

@@ -42,7 +42,7 @@ def choose_device(name, local_rank=0, world_size=1):
             name = 'mps'
         else:
             name = 'cpu'
-    if not re.fullmatch(r'cpu|cuda(:\d{1,3})?|mps', name):
+    if not re.fullmatch(r'cpu|cuda(:\d{1,2})?|mps', name):
         raise SettingError(f'device is {name!r}; type auto, cpu, cuda, cuda:N or mps')
     device = torch.device(name)
     if device.type == 'mps' and not has_mps:
