@@ -2,13 +2,20 @@
 
 import random
 
-import numpy as np
 import pytest
-import torch
 import torch.distributed as dist
 
-from tests.reference.naive_train import Data, train
-from tests.tiny import Script, metrics, prepare, script
+from tests.reference.naive_train import train
+from tests.reference.runs import (
+    Script,
+    checkpoint,
+    flags,
+    metrics,
+    prepare,
+    run_script,
+    script,
+    stories_for_infilling,
+)
 
 BASE = {
     'seed': 1337, 'batch_size': 2, 'gradient_accumulation_steps': 1, 'block_size': 12, 'optimizer': 'muon',
@@ -29,26 +36,6 @@ CHOICES = {
     'rope_theta': [1e4, 10.0], 'norm_eps': [1e-5, 1e-3]}
 
 
-def stories_for_infilling(folder, n_tokens, seed, first_letter=20):
-    """Return at least n_tokens uint16 ids of short stories, two in three of them turned around for infilling.
-
-    A letter is mostly followed by the next one of twelve, so that there is something to learn.
-    """
-    meta = Data(prepare(folder)).meta
-    letters = range(meta['vocab_size'] - first_letter, meta['vocab_size'] - first_letter + 12)
-    assert not {meta['delimiter'], meta['blank'], meta['middle']} & {*letters}
-    rng, ids, letter = np.random.default_rng(seed), [], 0
-    while len(ids) < n_tokens:
-        ids.append(meta['delimiter'])
-        parts = [(), (meta['blank'],), (meta['middle'],)] if rng.random() < 2 / 3 else [()]
-        for mark in parts:
-            ids += mark
-            for _ in range(rng.integers(1, 7)):
-                letter = int(rng.integers(12)) if rng.random() < 0.3 else (letter + 1) % 12
-                ids.append(letters[letter])
-    return np.array(ids, np.uint16)
-
-
 PLAIN, INFILLED, OTHER_LETTERS = range(3)
 
 
@@ -61,21 +48,6 @@ def folders(tmp_path_factory):
                          for kind in ((701, 1), (303, 2), (303, 2, 28)))
     return [prepare(folder / f'data-{i}', train, ids, shard_tokens=97, infill_rate=rate)
             for i, (ids, rate) in enumerate([(val, 0), (val, 0.5), (other, 0)])]
-
-
-def flags(values):
-    return [f'--{name}={value}' for name, value in values.items()]
-
-
-def run_script(data, out, *words):
-    """Run train.py without pictures; returns `out`."""
-    script('train.py', f'--dataset={data}', f'--out_dir={out}', '--device=cpu', '--dtype=float32',
-           '--log_interval=1', *words, MPLBACKEND='')
-    return out
-
-
-def checkpoint(path):
-    return torch.load(path, weights_only=True)
 
 
 def assert_same_weights(found, run, which):
