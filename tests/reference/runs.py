@@ -31,15 +31,17 @@ def stories_for_infilling(folder, n_tokens, seed, first_letter=20):
 
 
 def flags(values):
+    """Return {name: value} as words of a command line."""
     return [f'--{name}={value}' for name, value in values.items()]
 
 
 def run_script(data, out, *words):
-    """Run train.py without pictures; returns `out`."""
+    """Run train.py in float32 on the CPU, without pictures, a line for each step; returns the folder `out`."""
     script('train.py', f'--dataset={data}', f'--out_dir={out}', '--device=cpu', '--dtype=float32',
            '--log_interval=1', *words, MPLBACKEND='')
     return out
 
 
 def checkpoint(path):
+    """Return the dict in a checkpoint."""
     return torch.load(path, weights_only=True)

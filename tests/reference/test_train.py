@@ -23,7 +23,7 @@ BASE = {
     'grad_clip': 1.0, 'max_iters': 6, 'max_epochs': 0.0, 'eval_interval': 4, 'eval_iters': 0, 'patience': 0,
     'n_layer': 1, 'n_head': 2, 'n_kv_head': 0, 'n_embd': 8, 'norm': 'rms', 'position': 'rope',
     'mlp': 'swiglu', 'qk_norm': False, 'bias': False, 'tie_embeddings': True, 'dropout': 0.0}
-CHOICES = {
+CHOICES = {  # for settings that are drawn at random
     'seed': [1, 7, 2**62], 'batch_size': [1, 2, 3, 4], 'gradient_accumulation_steps': [1, 2, 3],
     'block_size': [5, 12, 17, 30], 'optimizer': ['muon', 'adamw'], 'learning_rate': [0.0, 0.003, 0.01],
     'warmup_iters': [0, 1, 4, 10], 'weight_decay': [0.0, 0.1, 2.0], 'beta1': [0.0, 0.8, 0.9],
@@ -35,14 +35,15 @@ CHOICES = {
     'bias': [False, True], 'tie_embeddings': [False, True], 'dropout': [0.0, 0.1, 0.5],
     'rope_theta': [1e4, 10.0], 'norm_eps': [1e-5, 1e-3]}
 
-
 PLAIN, INFILLED, OTHER_LETTERS = range(3)
 
 
 @pytest.fixture(scope='session')
 def folders(tmp_path_factory):
-    """Three prepared folders in many shards, [PLAIN, INFILLED, OTHER_LETTERS]; the latter two differ from the
-    first in their infill_rate and in the letters that the stories of `val` are mostly made of."""
+    """Return three prepared folders in many shards, indexed by PLAIN, INFILLED and OTHER_LETTERS.
+
+    The latter two differ from the first in their infill_rate, and in the letters of most stories of `val`.
+    """
     folder = tmp_path_factory.mktemp('reference')
     train, val, other = (stories_for_infilling(folder / 'vocabulary', *kind)
                          for kind in ((701, 1), (303, 2), (303, 2, 28)))
@@ -83,7 +84,6 @@ def assert_same_run(out, expected):
 
 @pytest.mark.parametrize('number', range(20))
 def test_train_matches_the_reference(folders, tmp_path, number):
-    """For settings drawn at random."""
     draw = random.Random(number)
     data, s = draw.choice(folders), BASE | {name: draw.choice(choices) for name, choices in CHOICES.items()}
     out = run_script(data, tmp_path / 'out', *flags(s))

@@ -1,8 +1,10 @@
 """Every setting of train.py: what changing it changes, what it leaves alone, and which values are refused."""
 
 import json
+import os
 import re
 import shutil
+import signal
 
 import pytest
 import torch
@@ -96,6 +98,7 @@ def settings_of_train():
 
 @pytest.fixture(scope='session')
 def data(tmp_path_factory):
+    """Return a prepared folder whose stories are partly for infilling."""
     folder = tmp_path_factory.mktemp('settings')
     train, val = (stories_for_infilling(folder / 'vocabulary', *kind) for kind in ((701, 1), (303, 2)))
     return prepare(folder / 'data', train, val, shard_tokens=97, infill_rate=0.5)
@@ -212,6 +215,13 @@ def test_init_from_a_run_takes_its_weights(data, baseline, tmp_path):
     found = observe(run_script(data, tmp_path / 'out', *flags(tuned)))
     assert is_same(found['weights'], observe(baseline)['weights'])
     assert is_same(found['untrained'], observe(baseline)['trained'])
+
+
+def test_seed_draws_the_sampled_stories_too(data, baseline, tmp_path):
+    tuned = {'init_from': baseline, 'max_iters': 1, 'learning_rate': 1e-30}
+    runs = [run_script(data, tmp_path / str(seed), *flags(tuned | {'seed': seed})) for seed in (1, 2)]
+    stories = [(out / 'samples.jsonl').read_text() for out in runs]
+    assert changed(*runs) == {'step 0'} and stories[0] != stories[1]
 
 
 def test_overwrite_replaces_a_run_that_is_safe_without_it(data, baseline, tmp_path):
@@ -376,6 +386,25 @@ def test_a_resumed_run_keeps_its_settings_unless_given(baseline, halfway, tmp_pa
     script('train.py', '--init_from=resume', f'--out_dir={out}', *flags({'save_interval': 0} | values),
            MPLBACKEND='')
     assert changed(out, baseline) == expected
+    lines = [json.loads(line) for line in (out / 'metrics.jsonl').read_text().splitlines()]
+    seconds = [line['seconds'] for line in lines]
+    assert seconds == sorted(seconds) and seconds[-1] > 0
+
+
+def test_a_run_that_is_stopped_resumes_as_if_it_had_not_been(data, tmp_path):
+    s = BASE | {'max_iters': 120, 'eval_interval': 119, 'dropout': 0.1}
+    unbroken = run_script(data, tmp_path / 'unbroken', *flags(s))
+    out = tmp_path / 'out'
+    run = Script('train.py', f'--dataset={data}', f'--out_dir={out}', '--device=cpu', '--dtype=float32',
+                 '--log_interval=1', *flags(s), MPLBACKEND='')
+    run.wait_for('step 5/120')
+    os.kill(run.process.pid, signal.SIGTERM)
+    run.finish(128 + signal.SIGTERM)
+    stopped_at = checkpoint(out / 'ckpt.pt')['iter']
+    assert 5 < stopped_at < 120
+    assert f'step {stopped_at}' in run.err and '--init_from resume' in run.err
+    script('train.py', '--init_from=resume', f'--out_dir={out}', MPLBACKEND='')
+    assert changed(out, unbroken) == set()
 
 
 @pytest.mark.parametrize('values', [
