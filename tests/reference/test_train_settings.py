@@ -391,6 +391,17 @@ def test_a_resumed_run_keeps_its_settings_unless_given(baseline, halfway, tmp_pa
     assert seconds == sorted(seconds) and seconds[-1] > 0
 
 
+def test_a_resumed_run_in_float16_keeps_its_scaler(data, tmp_path):
+    out = run_script(data, tmp_path / 'out', *flags(BASE | {'dtype': 'float16', 'save_interval': 3}))
+    unbroken = tmp_path / 'unbroken'
+    shutil.copytree(out, unbroken)
+    (out / 'ckpt_3.pt').replace(out / 'ckpt.pt')
+    script('train.py', '--init_from=resume', f'--out_dir={out}', MPLBACKEND='')
+    scaler = checkpoint(out / 'ckpt.pt')['scaler']
+    assert scaler == checkpoint(unbroken / 'ckpt.pt')['scaler'] and scaler['_growth_tracker'] == 6
+    assert changed(out, unbroken) == set()
+
+
 def test_a_run_that_is_stopped_resumes_as_if_it_had_not_been(data, tmp_path):
     s = BASE | {'max_iters': 120, 'eval_interval': 119, 'dropout': 0.1}
     unbroken = run_script(data, tmp_path / 'unbroken', *flags(s))
