@@ -13,7 +13,8 @@ __all__ = ['Script', 'checkpoint', 'flags', 'metrics', 'prepare', 'run_script', 
 def stories_for_infilling(folder, n_tokens, seed, first_letter=20):
     """Return at least n_tokens uint16 ids of short stories, two in three of them turned around for infilling.
 
-    A letter is mostly followed by the next one of twelve, so that there is something to learn.
+    A letter is mostly followed by the next one of twelve, so that there is something to learn. There is a
+    multiple of 60 ids: at several block sizes the last window lacks its last target.
     """
     meta = Data(prepare(folder)).meta
     letters = range(meta['vocab_size'] - first_letter, meta['vocab_size'] - first_letter + 12)
@@ -27,6 +28,7 @@ def stories_for_infilling(folder, n_tokens, seed, first_letter=20):
             for _ in range(rng.integers(1, 7)):
                 letter = int(rng.integers(12)) if rng.random() < 0.3 else (letter + 1) % 12
                 ids.append(letters[letter])
+    ids += [letters[0]] * (-len(ids) % 60)
     return np.array(ids, np.uint16)
 
 
