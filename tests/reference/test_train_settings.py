@@ -182,7 +182,7 @@ def test_a_value_that_means_no_run_is_refused(data, tmp_path, name):
     """In one line that names the setting, before anything is written."""
     words = flags({'dataset': data, 'out_dir': tmp_path / 'out', 'device': 'cpu', name: REFUSED[name]})
     run = Script('train.py', *flags(BASE), *words)
-    run.process.join(60)
+    run.process.join(120)
     assert run.process.exitcode in (1, 2)
     assert run.err.startswith('train.py: ') and run.err.count('\n') == 1
     assert name in run.err or str(REFUSED[name]) in run.err
