@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from tests.reference.naive_train import Data
-from tests.tiny import Script, metrics, prepare, script
+from tests.helpers.scripts import Script, metrics, prepare, script
 
 __all__ = ['Script', 'checkpoint', 'flags', 'metrics', 'prepare', 'run_script', 'script',
            'stories_for_infilling']
