@@ -62,7 +62,7 @@ def make_checkpoint(seed=0, delimiter_bias=0.0, characters=CHARACTERS, **changes
     never = dict.fromkeys([*range(FIRST)], -1e6)  # bytes and the like, which no text shows as they are
     biases = never | {DELIMITER: delimiter_bias, config['vocab_size'] - 2: 3.0, config['vocab_size'] - 1: 3.0}
     prefer(weights, config, biases)
-    tokenizer = {'encoding': 'char', 'files': {'tokenizer.json': json.dumps([*characters]).encode()}}
+    tokenizer = {'encoding': 'char', 'files': {'tokenizer.json': json.dumps([*characters], ensure_ascii=False).encode()}}
     return {'model': weights, 'config': config, 'tokenizer': tokenizer, 'settings': {}, 'iter': 5,
             'infill_rate': 0.5}
 
