@@ -17,7 +17,7 @@ from tests.tiny import script
 REPORT, SAMPLE, PREPARE = 'report.py', 'sample.py', 'data/tiny_stories/prepare.py'
 WORDS = '\u732b\u72d7\u9b5a\u9ce5\u5c71\u6c34\u6708\u65e5\u4eba\u5927\u5c0f\u8d70'  # each is a word
 NAMES = 'Al', 'Bo', 'Cy', 'Di'
-LIMIT, N = 60, 12  # longest story, number of stories
+LIMIT, N = 36, 12  # longest story, number of stories
 
 
 def walk(rng, n):
@@ -192,7 +192,7 @@ def check_table(names, lines, page, expected, column=0):
 @pytest.fixture(scope='module')
 def page(world):
     """The report of the best checkpoint: lines, the page, and what sample.py writes with the same settings."""
-    drawing = [f'--max_new_tokens={LIMIT}', '--temperature=1.1', '--top_p=0.9', '--seed=5']
+    drawing = [f'--max_new_tokens={LIMIT}', '--temperature=0.9', '--top_p=0.9', '--seed=6']
     (world.run / 'metrics.jsonl').write_text(''.join(json.dumps(record) + '\n' for record in RECORDS))
     (world.run / 'samples.jsonl').write_text(json.dumps({'iter': 0, 'prompt': 'a', 'story': '<b>a</b>'}) + '\n')
     (world.run / 'run.json').write_text(json.dumps({'name': 'x', 'hardware': 'an abacus'}))
@@ -209,7 +209,7 @@ def test_every_figure(world, page):
     written, n_ended = written_by_sample(world.run, N, f'--num_samples={N}', *drawing)
     expected = expected_figures(world, world.best, written, n_ended)
     for label in 'ended, %', 'repeated, %', 'unknown, %', '5 words, %', '8 words, %', 'own ending, %':
-        assert 0 < expected[label][0] < 100, label  # else much would pass
+        assert any(0 < value < 100 for value in expected[label]), label  # else much would pass
     check_table([str(world.run)], lines, page, expected)
 
 
