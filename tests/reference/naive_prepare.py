@@ -295,8 +295,8 @@ def used_stories(source, column, data_percentage, val_percentage):
         sides = [[story for story in side if not is_blank(story)] for side in (train, val)]
     else:
         sides = by_hash(train, val_percentage)
-    used = {name: take_share(side, data_percentage) for name, side in zip(('train', 'val'), sides, strict=True)}
-    return used, blank, False
+    train, val = (take_share(side, data_percentage) for side in sides)
+    return {'train': train, 'val': val}, blank, False
 
 
 def write_split(name, stories, tokenizer, rate, parts_of):

@@ -195,7 +195,7 @@ def without_last_sentence(stories):
 
 
 def own_endings(checkpoint, tokenizer, stories):
-    """Return the share of stories whose own last sentence gains most by the story, and how many were asked."""
+    """Return (percentage of stories whose own last sentence gains most by the story, number asked)."""
     parts, right = without_last_sentence(stories), []
     for k, (before, gap, _) in enumerate(parts):
         texts = []
@@ -212,14 +212,17 @@ def own_endings(checkpoint, tokenizer, stories):
 
 
 def is_name(word, text):
-    """Return whether a word has a capital, stands within a sentence of the text, and nowhere in small letters."""
+    """Return whether a word has a capital within a sentence of the text, and nowhere small letters."""
     plain = text.replace('.', ' . ').split()
     within = any(a == word and b not in ('.', '') for a, b in zip(plain[1:], plain, strict=False))
     return word[0].isupper() and within and word.lower() not in plain
 
 
 def own_names(checkpoint, tokenizer, stories):
-    """Return the share of stories whose last sentence is likelier than with the next story's other name."""
+    """Return (percentage of stories whose last sentence is likelier with its own name, number asked).
+
+    The other name is the next story's that this one lacks.
+    """
     found, right = [], []
     for before, gap, last in without_last_sentence(stories):
         for word in last.replace('.', ' ').split():

@@ -31,7 +31,9 @@ def random_weights(config, seed):
                    f'blocks.{i}.mlp.gate': (config['mlp_width'], width),
                    f'blocks.{i}.mlp.up': (config['mlp_width'], width),
                    f'blocks.{i}.mlp.proj': (width, config['mlp_width'])}
-    weights = {f'{name}.weight': STD * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    weights = {}
+    for name, shape in shapes.items():
+        weights[f'{name}.weight'] = STD * torch.randn(shape, generator=generator)
     norms = ['norm']
     for i in range(config['n_layer']):
         norms += [f'blocks.{i}.attn_norm', f'blocks.{i}.mlp_norm']
@@ -62,7 +64,8 @@ def make_checkpoint(seed=0, delimiter_bias=0.0, characters=CHARACTERS, **changes
     never = dict.fromkeys([*range(FIRST)], -1e6)  # bytes and the like, which no text shows as they are
     biases = never | {DELIMITER: delimiter_bias, config['vocab_size'] - 2: 3.0, config['vocab_size'] - 1: 3.0}
     prefer(weights, config, biases)
-    tokenizer = {'encoding': 'char', 'files': {'tokenizer.json': json.dumps([*characters], ensure_ascii=False).encode()}}
+    file = json.dumps([*characters], ensure_ascii=False).encode()
+    tokenizer = {'encoding': 'char', 'files': {'tokenizer.json': file}}
     return {'model': weights, 'config': config, 'tokenizer': tokenizer, 'settings': {}, 'iter': 5,
             'infill_rate': 0.5}
 
@@ -112,7 +115,8 @@ def all_logits(checkpoint, rows):
     x = weights['embedding.weight'][torch.tensor(rows)]
     for i in range(config['n_layer']):
         block = f'blocks.{i}'
-        x = x + attention(rms_norm(x, weights[f'{block}.attn_norm.weight'], eps), weights, f'{block}.attn', config)
+        y = rms_norm(x, weights[f'{block}.attn_norm.weight'], eps)
+        x = x + attention(y, weights, f'{block}.attn', config)
         y = rms_norm(x, weights[f'{block}.mlp_norm.weight'], eps)
         gate, up = y @ weights[f'{block}.mlp.gate.weight'].T, y @ weights[f'{block}.mlp.up.weight'].T
         x = x + (gate * gate.sigmoid() * up) @ weights[f'{block}.mlp.proj.weight'].T
@@ -124,7 +128,7 @@ def all_logits(checkpoint, rows):
 def in_sight(ids, block_size):
     """Return the ids that the next token is predicted from.
 
-    A context grows to block_size tokens. The next one would not fit: only the last half is kept, and grows.
+    A context grows to block_size tokens. As the next one does not fit, only the last half is kept, and grows.
     """
     half = max(block_size // 2, 1)
     start, length = 0, min(len(ids), 1)
@@ -136,7 +140,10 @@ def in_sight(ids, block_size):
 
 
 def next_logits(checkpoint, rows):
-    """Return the logits (B, V) of the next token after `rows`, lists of one length; never <blank>, <middle>."""
+    """Return the logits (B, V) of the next token after `rows`, lists of one length.
+
+    <blank> and <middle> are never written.
+    """
     block_size = checkpoint['config']['block_size']
     logits = all_logits(checkpoint, [in_sight(ids, block_size) for ids in rows])[:, -1]
     logits[:, -2:] = -math.inf
@@ -175,7 +182,10 @@ def encode(text, characters=CHARACTERS):
     """Return the ids of a text, with the space that is put before it; what is no character goes as bytes."""
     ids = []
     for char in ' ' + text if text else '':
-        ids += [FIRST + characters.index(char)] if char in characters else [3 + byte for byte in char.encode()]
+        if char in characters:
+            ids.append(FIRST + characters.index(char))
+        else:
+            ids += [3 + byte for byte in char.encode()]
     return ids
 
 

@@ -7,6 +7,7 @@ import random
 import re
 import shutil
 import struct
+from itertools import pairwise
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def bigram_checkpoint(tokenizer, texts, seed):
     counts = torch.full((len(ids) + 1, len(ids) + 1), 0.02)
     for text in texts:
         stream = [1, *naive_prepare.encode(tokenizer, text), 1]
-        for a, b in zip(stream, stream[1:], strict=False):
+        for a, b in pairwise(stream):
             if a in place and b in place:
                 counts[place[a], place[b]] += 1
     for name, w in weights.items():
@@ -167,7 +168,8 @@ def expected_figures(world, checkpoint, written, n_ended, limit=LIMIT, n=N):
     table = {label: (value, math.nan)
              for label, value in naive_report.prediction(checkpoint, stream, n_val_bytes).items()}
     table |= {label: (ours[label], theirs[label]) for label in ours}
-    for label, measure in ('own ending, %', naive_report.own_endings), ('own name, %', naive_report.own_names):
+    measures = {'own ending, %': naive_report.own_endings, 'own name, %': naive_report.own_names}
+    for label, measure in measures.items():
         value, asked = measure(checkpoint, world.tokenizer, VAL[:n])
         assert asked >= 10
         table[label] = value, math.nan
@@ -191,10 +193,11 @@ def check_table(names, lines, page, expected, column=0):
 
 @pytest.fixture(scope='module')
 def page(world):
-    """The report of the best checkpoint: lines, the page, and what sample.py writes with the same settings."""
+    """Return the report of the best checkpoint: its lines, its page, and how its stories were drawn."""
     drawing = [f'--max_new_tokens={LIMIT}', '--temperature=0.9', '--top_p=0.9', '--seed=6']
     (world.run / 'metrics.jsonl').write_text(''.join(json.dumps(record) + '\n' for record in RECORDS))
-    (world.run / 'samples.jsonl').write_text(json.dumps({'iter': 0, 'prompt': 'a', 'story': '<b>a</b>'}) + '\n')
+    sample = {'iter': 0, 'prompt': 'a', 'story': '<b>a</b>'}
+    (world.run / 'samples.jsonl').write_text(json.dumps(sample) + '\n')
     (world.run / 'run.json').write_text(json.dumps({'name': 'x', 'hardware': 'an abacus'}))
     lines, page = report(world.run / 'report.html', f'--out_dir={world.run}', f'--num_samples={N}', *drawing)
     return lines, page, drawing
@@ -255,7 +258,8 @@ def test_facts_and_curves(world, page):
     assert dict(shown['facts']) == {
         'parameters': f'{n_params:,}', 'shape': '2 layers, 4 heads, 64 wide', 'context': '128 tokens',
         'tokenizer': f"char, {best['config']['vocab_size']} tokens", 'data': 'data',
-        'to train on': f'60 stories, {len(train):,} tokens', 'to validate': f'15 stories, {len(val):,} tokens',
+        'to train on': f'60 stories, {len(train):,} tokens',
+        'to validate': f'15 stories, {len(val):,} tokens',
         'trained': f'5 steps, {5 * 4 * 3 * 128:,} tokens', 'time': '01:02 of training',
         'hardware': 'an abacus', 'stories for the figures': f'{N} written, {N} real'}
     step = 4 * 3 * 128

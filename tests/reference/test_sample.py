@@ -1,4 +1,4 @@
-"""sample.py from outside, against a naive one: token by token where it is greedy, by its statistics where not."""
+"""sample.py from outside, against a naive one: token by token if it is greedy, else by its statistics."""
 
 import math
 import random
@@ -70,7 +70,8 @@ def test_whole_file_is_the_start(folder, best):
     path.write_bytes('\ufeffa\r\ncaf\u00e9 '.encode())
     prompt = [naive.DELIMITER, *naive.encode('a\ncaf\u00e9 ')]
     new, _ = naive.greedy(best, prompt, 9)
-    stories, _ = write(folder, f'--start=FILE:{path}', '--num_samples=1', '--temperature=0', '--max_new_tokens=9')
+    words = ['--num_samples=1', '--temperature=0', '--max_new_tokens=9']
+    stories, _ = write(folder, f'--start=FILE:{path}', *words)
     assert stories == [naive.text_of(prompt + new)]
 
 
@@ -135,7 +136,7 @@ def chi_square(places, n_bins=20):
 @pytest.mark.parametrize('temperature, top_k, top_p', [
     (0.8, 0, 0.95), (1.3, 5, 1.0), (0.6, 0, 0.7), (1.0, 7, 0.8), (2.0, 1000, 1.0)])
 def test_drawn_tokens_follow_the_distribution(folder, best, temperature, top_k, top_p):
-    """136 stories, more than are written side by side, beyond full contexts; the first settings are the defaults."""
+    """136 stories, more than are written side by side, beyond full contexts; first with the defaults."""
     words = [f'--start=FILE:{folder}/starts.txt', '--one_per_line', '--num_samples=34', '--max_new_tokens=32']
     if (temperature, top_k, top_p) != (0.8, 0, 0.95):
         words += [f'--temperature={temperature}', f'--top_k={top_k}', f'--top_p={top_p}']

@@ -7,12 +7,12 @@ value and says what must change, and what must stay.
 import ast
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
 import struct
 import time
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -44,9 +44,10 @@ def names_of(path):
 
 
 class World:
-    """Data, checkpoints and a run, made once."""
+    """Data, checkpoints and a run, made once; what a script gives with the same flags is made once, too."""
 
     def __init__(self, folder):
+        self.kept = {}
         self.folder, self.stories = folder, prepare_tests.corpus(200)
         self.source = prepare_tests.write(folder / 's.jsonl', self.stories)
         self.report = report_tests.World(folder)
@@ -56,26 +57,30 @@ class World:
         torch.save(naive_sample.make_checkpoint(5, 4.0), self.run / 'ckpt.pt')
         (self.run / 'starts.txt').write_text('a\nno\n')
 
-    @cache
     def prepared(self, *words):
         """Return (printed lines, files, meta) of prepare.py with these flags."""
-        folder = self.folder / f'prepared-{len(words)}-{abs(hash(words))}'
-        return prepare_tests.run(folder, self.source, '--val_percentage=20', *words)
+        key = PREPARE, words
+        if key not in self.kept:
+            folder = self.folder / f'prepared-{len(self.kept)}'
+            self.kept[key] = prepare_tests.run(folder, self.source, '--val_percentage=20', *words)
+        return self.kept[key]
 
-    @cache
     def written(self, *words):
         """Return the stories that sample.py writes with these flags, and its stderr."""
-        few = ['--num_samples=40', '--max_new_tokens=20', '--start=a']
-        flags = [f'--out_dir={self.run}', '--device=cpu', *few, *words]
-        done = script(SAMPLE, *once(flags))
-        return done.out[:-1].split('\n---\n'), done.err
+        key = SAMPLE, words
+        if key not in self.kept:
+            few = ['--num_samples=40', '--max_new_tokens=20', '--start=a']
+            done = script(SAMPLE, *once([f'--out_dir={self.run}', '--device=cpu', *few, *words]))
+            self.kept[key] = done.out[:-1].split('\n---\n'), done.err
+        return self.kept[key]
 
-    @cache
     def reported(self, *words):
         """Return the page's data of report.py with these flags."""
-        path = self.folder / 'settings.html'
-        flags = [f'--out_dir={self.report.run}', '--num_samples=3', '--max_new_tokens=20', *words]
-        return report_tests.report(path, *once(flags))[1]
+        key = REPORT, words
+        if key not in self.kept:
+            flags = [f'--out_dir={self.report.run}', '--num_samples=3', '--max_new_tokens=20', *words]
+            self.kept[key] = report_tests.report(self.folder / 'settings.html', *once(flags))[1]
+        return self.kept[key]
 
 
 def once(words):
@@ -174,7 +179,8 @@ def data_percentage_takes_a_part(world, folder):
 
 @case(PREPARE, 'val_percentage')
 def val_percentage_holds_stories_out(world, folder):
-    small, large = world.prepared()[2], prepare_tests.run(folder / 'out', world.source, '--val_percentage=60')[2]
+    small = world.prepared()[2]
+    large = prepare_tests.run(folder / 'out', world.source, '--val_percentage=60')[2]
     counts = [meta['splits']['val']['stories'] for meta in (small, large)]
     assert 25 < counts[0] < 60 and 95 < counts[1] < 145
     assert large['splits']['train']['stories'] == 200 - counts[1]
@@ -431,8 +437,8 @@ def check_llama2c(folder, checkpoint):
     half = config['n_embd'] // config['n_head'] // 2
     theirs = read_llama2c(folder / 'model.bin', config)
     t, i = config['block_size'] - 1, 1
-    angle = torch.tensor(t * config['rope_theta'] ** (-i / half))
-    assert theirs['rotation'][:, t, i].tolist() == pytest.approx([angle.cos().item(), angle.sin().item()], abs=1e-4)
+    angle = t * config['rope_theta'] ** (-i / half)
+    assert theirs['rotation'][:, t, i].tolist() == pytest.approx([math.cos(angle), math.sin(angle)], abs=1e-4)
     for name, ours in checkpoint['model'].items():
         parts = re.fullmatch(r'(?:blocks\.(\d+)\.)?(.*)\.weight', name)
         w = theirs[parts[2]]
@@ -456,8 +462,9 @@ def check_hugging_face(folder, checkpoint):
         'attention_bias': False, 'mlp_bias': False, 'bos_token_id': 1, 'eos_token_id': 1}
     assert {name: about[name] for name in expected} == expected
     names = {'embedding': 'model.embed_tokens', 'norm': 'model.norm', 'blocks': 'model.layers',
-             'attn_norm': 'input_layernorm', 'mlp_norm': 'post_attention_layernorm', 'attn.q': 'self_attn.q_proj',
-             'attn.k': 'self_attn.k_proj', 'attn.v': 'self_attn.v_proj', 'attn.proj': 'self_attn.o_proj',
+             'attn_norm': 'input_layernorm', 'mlp_norm': 'post_attention_layernorm',
+             'attn.q': 'self_attn.q_proj', 'attn.k': 'self_attn.k_proj', 'attn.v': 'self_attn.v_proj',
+             'attn.proj': 'self_attn.o_proj',
              'mlp.gate': 'mlp.gate_proj', 'mlp.up': 'mlp.up_proj', 'mlp.proj': 'mlp.down_proj',
              'lm_head': 'lm_head'}
     theirs = safetensors_of(folder)
