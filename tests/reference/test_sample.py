@@ -169,20 +169,33 @@ def test_batches_differ_and_seeds_repeat(folder):
 
 # middles ----------------------------------------------------------------------
 
-def test_middles(folder, best):
+ENDS = ('a b.', 'no.'), ('c.', 'a.'), ('a.', 'b.')
+
+
+@pytest.mark.parametrize('first, last', ENDS)
+def test_middles(folder, best, first, last):
     """Greedy, within what the context has room for, and cut before by --max_new_tokens."""
-    ends = ['--first_sentence= a b. ', '--last_sentence= no. ', '--num_samples=2', '--temperature=0']
-    prompt = [naive.DELIMITER, *naive.encode('a b.'), naive.BLANK, *naive.encode('no.'), naive.MIDDLE]
+    ends = [f'--first_sentence= {first} ', f'--last_sentence= {last} ', '--num_samples=2', '--temperature=0']
+    prompt = [naive.DELIMITER, *naive.encode(first), naive.BLANK, *naive.encode(last), naive.MIDDLE]
     room = BLOCK_SIZE - len(prompt) + 1
     for limit, words, where in (
             (room, [], f'the end of the context of {BLOCK_SIZE} tokens'),
-            (3, ['--max_new_tokens=3'], '--max_new_tokens 3')):
+            (2, ['--max_new_tokens=2'], '--max_new_tokens 2')):
         new, ended = naive.greedy(best, prompt, limit)
-        text = naive.decode(naive.encode('a b.') + new)
-        text += ('' if text.endswith(' ') else ' ') + 'no.'
+        text = naive.decode(naive.encode(first) + new)
+        text += ('' if text.endswith(' ') else ' ') + last
         stories, said = write(folder, *ends, *words)
         assert stories == [text, text]
         assert said == cut_message(2 * (not ended), 2, where)
+
+
+def test_some_middles_end_and_some_are_cut(best):
+    """Or else test_middles would see only one kind."""
+    ended = set()
+    for first, last in ENDS:
+        prompt = [naive.DELIMITER, *naive.encode(first), naive.BLANK, *naive.encode(last), naive.MIDDLE]
+        ended.add(naive.greedy(best, prompt, BLOCK_SIZE - len(prompt) + 1)[1])
+    assert ended == {True, False}
 
 
 def test_drawn_middles_follow_the_distribution(folder, best):
