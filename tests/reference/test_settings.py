@@ -206,7 +206,7 @@ def out_dir_is_where_the_data_goes(world, folder):
 @case(PREPARE, 'num_proc')
 def num_proc_is_the_number_of_workers(world, folder):
     """17 MB are two pieces, for two workers if there may be two."""
-    source = prepare_tests.write(folder / 's.txt', [f'{i} ' + 'The cat sat. ' * 13000 for i in range(110)])
+    source = prepare_tests.write(folder / 's.txt', [f'{i} ' + 'The cat sat. ' * 13000 for i in range(101)])
     seen = {}
     for n in 1, 2:
         flags = [f'--source={source}', f'--out_dir={folder}/out', f'--num_proc={n}', '--offline']
