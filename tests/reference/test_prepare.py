@@ -289,7 +289,8 @@ def tokenizer_of(encoding):
 def test_tokenizers_learned_and_given(tmp_path, encoding):
     """A vocabulary is learned from training stories alone; what it lacks goes as bytes."""
     rare = [f'{chr(0x4e00 + i)} saw {chr(0x1f600 + i)}. ' * 2 for i in range(30)]
-    rare += [f'{i} zigzag\u2585 zigzag \u2581 zigzag' for i in range(20)]  # which sentencepiece would leave out
+    # sentencepiece would leave out lines with U+2585
+    rare += [f'{i} zigzag\u2585 zigzag \u2581 zigzag' for i in range(20)]
     source = write(tmp_path / 's.txt', STORIES + rare + ODD)
     words, learn = tokenizer_of(encoding)
     learned = check(tmp_path, source, words, learn, val_percentage=30.0)
