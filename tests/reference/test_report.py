@@ -289,8 +289,10 @@ def test_runs_side_by_side_with_defaults(world, tmp_path):
 @pytest.mark.parametrize('n_iters', [0, 1])
 def test_evaluation_of_middles_and_of_other_data(world, tmp_path, n_iters):
     """--dataset is not what was trained on, and longer than a batch of 32 windows."""
-    rng = random.Random(1)
-    val = [story(rng) for _ in range(130)]
+    rng, val = random.Random(1), []
+    for _ in range(130):  # of 40 to 170 tokens, and with last sentences of all lengths
+        middle = ' '.join(f'{walk(rng, 8)}.' for _ in range(rng.randint(0, 7)))
+        val.append(f'{story(rng)} {middle} Al {walk(rng, rng.randint(1, 20))}.')
     data, _ = prepare(tmp_path / 'other', TRAIN, val, '--infill_rate=0.6', f'--tokenizer={world.run}')
     words = ['--num_samples=2', '--max_new_tokens=10', f'--dataset={data}', '--ckpt=last']
     lines, page = report(tmp_path / 'page.html', f'--out_dir={world.run}', f'--eval_iters={n_iters}', *words)
