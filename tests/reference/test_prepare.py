@@ -223,6 +223,8 @@ QUOTED = {
                                                               'It was dark...'),
     '\u201cWhy? Oh!\u201d she asked. Bob hid.\n\nAll was well.': ('\u201cWhy? Oh!\u201d she asked.',
                                                                'All was well.'),
+    'Dr. Owl sat. Mr. Fox ate. Ann saw Mrs. Hen.': ('Dr. Owl sat.', 'Ann saw Mrs. Hen.'),
+    'St. Ives is old. It rained. We saw Ms. Hen.': ('St. Ives is old.', 'We saw Ms. Hen.'),
     'A b. c d. E f! (G h.) I j?': ('A b. c d.', 'I j?')}
 
 
