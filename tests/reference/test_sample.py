@@ -135,7 +135,7 @@ def chi_square(places, n_bins=20):
 
 
 @pytest.mark.parametrize('temperature, top_k, top_p', [
-    (0.8, 0, 0.95), (1.3, 5, 1.0), (0.6, 0, 0.7), (1.0, 7, 0.8), (2.0, 1000, 1.0)])
+    (0.8, 0, 0.95), (1.3, 5, 1.0), (0.6, 0, 0.7), (1.0, 7, 0.8)])
 def test_drawn_tokens_follow_the_distribution(folder, best, temperature, top_k, top_p):
     """136 stories, more than are written side by side, beyond full contexts; first with the defaults."""
     words = [f'--start=FILE:{folder}/starts.txt', '--one_per_line', '--num_samples=34', '--max_new_tokens=32']
