@@ -47,7 +47,7 @@ def shell_lines(text):
     """
     blocks = code_blocks(text, 'sh')
     blocks += re.findall(r'^ {4}(python .*)$', text, re.M)
-    blocks += re.findall(r'`(python [^`]+)`', text)
+    blocks += [code.replace('\n', ' ') for code in re.findall(r'`(python [^`]+)`', text)]
     lines = []
     for block in blocks:
         joined = block.replace('\\\n', ' ').replace('&&\n', '&& ')
