@@ -1,6 +1,7 @@
 """The layout: what lies where, which module may import which, and what pyproject.toml promises."""
 
 import ast
+import importlib
 import subprocess
 import sys
 import tomllib
@@ -9,6 +10,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from configurator import declarations, settings
 from tests.helpers.scripts import ROOT
 
 SCRIPTS = ['train.py', 'sample.py', 'export.py', 'tools/report.py', 'tools/bench.py',
@@ -161,6 +163,16 @@ def test_scripts_end_in_configure_and_run(script):
         run, = run.body
     assert (called(configure), called(run)) == ('configure', 'run')
     assert ast.unparse(configure.value.args[0]) == 'globals()'
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_settings_have_lower_case_names_and_a_comment(script):
+    """A constant in capitals would become a flag: its name must begin with an underscore."""
+    module = importlib.import_module(script.removesuffix('.py').replace('/', '.'))
+    comments = declarations(str(ROOT / script))
+    for name in settings(vars(module)):
+        assert name.islower(), f'{script}: {name} is taken for a setting'
+        assert comments[name], f'{script}: {name} has no comment'
 
 
 @pytest.mark.parametrize('name', sorted(set(MODULES) - {'cloud.modal_app'}))  # Modal's own way of starting
