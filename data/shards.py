@@ -1,4 +1,4 @@
-"""Token shards: flat files of little-endian uint16 that form one stream. Write, map and serve them in batches.
+"""Write and read token shards, flat files of little-endian uint16 that form one stream, and serve batches.
 
 A prepared folder holds train_00000.bin, val_00000.bin and so on, the tokenizer's file, and meta.json:
 
@@ -208,7 +208,8 @@ class Split:
             mapped = self.map_shard(shard)
             tokens = np.frombuffer(mapped, '<u2')
             if verify and hashlib.sha256(tokens).hexdigest() != shard['sha256']:
-                raise UserError(f'{self.folder / shard["name"]} does not have the sha256 in meta.json: {PREPARE}')
+                path = self.folder / shard['name']
+                raise UserError(f'{path} does not have the sha256 in meta.json: {PREPARE}')
             self.maps.append(mapped)
             self.shards.append(tokens)
             self.starts.append(self.n_tokens)
@@ -217,7 +218,7 @@ class Split:
             raise UserError(f'{self.folder} has no {split} token to predict: {PREPARE}')
 
     def map_shard(self, shard):
-        """Return a shard's memory-mapped file. Raises UserError if it does not have the length in meta.json."""
+        """Return a shard's mapped file. Raises UserError if its length is not that in meta.json."""
         path = self.folder / shard['name']
         if not path.is_file():
             raise UserError(f'{path} is missing, though meta.json names it: {PREPARE}')
@@ -334,7 +335,7 @@ class Batches:
         return starts
 
     def __call__(self, step):
-        """Return this rank's micro-batches of `step`: a list of (inputs, targets), int64 (B, block_size) each."""
+        """Return this rank's micro-batches of `step`: a list of (inputs, targets), int64 (B, block_size)."""
         x, y = self.split.windows(self.starts(step)[self.local_rows], self.block_size)
         x = np.split(x, self.grad_accum_steps)
         y = np.split(y, self.grad_accum_steps)

@@ -24,8 +24,8 @@ from data.tiny_stories import sample_stories
 
 DELIMITER = '<|endoftext|>'  # between two stories of a .txt
 LOADERS = {'.txt': 'ours', '.jsonl': 'json', '.json': 'json', '.csv': 'csv', '.parquet': 'parquet'}
-WHAT_WE_READ = ('stories come as .txt, .jsonl, .json, .csv (each also as .gz), .parquet, a folder of these, or '
-                'a folder written by save_to_disk')
+WHAT_WE_READ = ('stories come as .txt, .jsonl, .json, .csv (each also as .gz), .parquet, a folder of these, '
+                'or a folder written by save_to_disk')
 # JSON files that hold something else: what prepare.py and the datasets library write
 NOT_STORIES = 'meta.json', 'tokenizer.json', 'dataset_info.json', 'dataset_dict.json', 'state.json'
 
@@ -102,10 +102,9 @@ def load_from_hub(source, offline):
 
     if unreachable:
         problem = (
-            f'is not a file here and not in the cache (as user/name), and {unreachable}: type --source sample '
-            f'(built in), or where there is internet hf download --repo-type dataset {name} --include '
-            '"data/*" --local-dir stories, and with this folder brought over --source stories. The library '
-            'says')
+            f'is not a file here and not in the cache (as user/name), and {unreachable}: type --source '
+            f'sample (built in), or where there is internet hf download --repo-type dataset {name} --include '
+            '"data/*" --local-dir stories, bring it over and type --source stories. The library says')
     else:
         problem = 'is not a file here, nor can it be loaded from the hub (as user/name:configuration?)'
     with user_errors(source, problem):
@@ -127,8 +126,10 @@ def why_hub_is_unreachable(offline):
         if error.code >= 500:  # a gateway's error; anything less is an answer of the hub
             return f'{endpoint} cannot be reached ({error.reason or error})'
     except Exception as error:  # no connection, no such host, no answer in time
-        reason = getattr(error, 'reason', '') or error
-        return f"{endpoint} cannot be reached ({reason if str(reason) else f'no answer in {HUB_TIMEOUT} seconds'})"
+        reason = str(getattr(error, 'reason', error))
+        if not reason:  # the thread's TimeoutError
+            reason = f'no answer in {HUB_TIMEOUT} seconds'
+        return f'{endpoint} cannot be reached ({reason})'
     return ''
 
 
@@ -331,12 +332,12 @@ def group_by_split(names):
 
 
 def only_text(dataset, name, column):
-    """Return the Dataset with only its column of stories, renamed to `text`. Raises UserError if it has none."""
+    """Return the Dataset with only its column of stories, named `text`. Raises UserError if it has none."""
     wanted = [column] if column else ['text', 'story']
     found = [column for column in wanted if column in dataset.column_names]
     if not found:
-        columns = ', '.join(dataset.column_names)[:200]
-        raise UserError(f"{name} has no column {' or '.join(wanted)}: type --text_column and one of {columns}")
+        others = ', '.join(dataset.column_names)[:200]
+        raise UserError(f"{name} has no column {' or '.join(wanted)}: type --text_column and one of {others}")
     feature = dataset.features[found[0]]
     if getattr(feature, 'dtype', '') not in ('string', 'large_string'):
         raise UserError(f'{name} has no text in its column {found[0]!r} but {feature}')
@@ -346,6 +347,9 @@ def only_text(dataset, name, column):
 # worker processes ---------------------------------------------------------------
 
 SMALL = 1 << 24  # bytes of stories for which starting processes would take longer than the work
+STUCK_SECONDS = 30  # from the end of a worker process until we give up waiting for the library
+WORKER_KILLED = 'a worker process was killed, perhaps for lack of memory: try --num_proc 1'
+
 
 def map_stories(stories, function, description, columns, cache, num_proc=0, **arguments):
     """Return stories.map(function): a Dataset with `columns` ({name: type}), an Arrow file in `cache`.
@@ -359,10 +363,10 @@ def map_stories(stories, function, description, columns, cache, num_proc=0, **ar
     import multiprocess  # which the datasets library uses instead of multiprocessing
 
     processes = num_proc or available_cores()
-    if stories.data.nbytes < SMALL or processes == 1:
+    if processes == 1 or stories.data.nbytes < SMALL:
         processes = None
     try:
-        with children_follow_us():
+        with children_follow_us(), give_up_if_stuck():
             return stories.map(
                 function, batched=True, fn_kwargs=arguments, num_proc=processes, desc=description,
                 remove_columns=stories.column_names, cache_file_name=str(cache / f'{description}.arrow'),
@@ -372,7 +376,7 @@ def map_stories(stories, function, description, columns, cache, num_proc=0, **ar
             raise KeyboardInterrupt from None
         if isinstance(error, RuntimeError) and 'abruptly died' not in str(error):
             raise
-        raise UserError('a worker process was killed, perhaps for lack of memory: try --num_proc 1') from error
+        raise UserError(WORKER_KILLED) from error
 
 
 def available_cores():
@@ -383,7 +387,7 @@ def available_cores():
 
 
 def was_interrupted(error):
-    """Return whether Ctrl-C led to this error: the library's clean-up then fails with a TimeoutError."""
+    """Return whether Ctrl-C led to this error: after it, the library's clean-up fails with a TimeoutError."""
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
             return True
@@ -393,13 +397,13 @@ def was_interrupted(error):
 
 @contextlib.contextmanager
 def children_follow_us():
-    """Let the child processes forked in this context leave Ctrl-C to us, and end when we end (Linux)."""
+    """In this context, child processes leave Ctrl-C to us, and end when we end (on Linux)."""
     if sys.platform != 'linux':
         yield
         return
     import multiprocess
 
-    multiprocess.set_start_method('fork', force=True)  # not the default of every Python version
+    multiprocess.set_start_method('fork', force=True)  # which is not the default of Python 3.14
     follow_parent = register_follow_parent()
     follow_parent.enabled = True
     try:
@@ -408,9 +412,9 @@ def children_follow_us():
         follow_parent.enabled = False
 
 
-@functools.cache  # a hook cannot be removed again
+@functools.cache  # once, because a hook cannot be removed again
 def register_follow_parent():
-    """Have the returned function called in every child that is forked while its `enabled` is True."""
+    """Return a function that is called in every child process which is forked while its `enabled` is True."""
     prctl = ctypes.CDLL(None).prctl
     PR_SET_PDEATHSIG = 1
 
@@ -421,3 +425,31 @@ def register_follow_parent():
 
     os.register_at_fork(after_in_child=follow_parent)
     return follow_parent
+
+
+@contextlib.contextmanager
+def give_up_if_stuck():
+    """Raise UserError if a child process ends, but this context does not, within STUCK_SECONDS.
+
+    The library notices that a worker was killed and stops. But if that worker was idle, it held the lock of
+    the queue of jobs, and the library's clean-up waits for this lock forever.
+    """
+    if not hasattr(signal, 'SIGCHLD'):  # Windows
+        yield
+        return
+
+    def child_ended(*_):
+        # again every second after that, because an exception may be lost in a clean-up
+        signal.setitimer(signal.ITIMER_REAL, STUCK_SECONDS, 1)
+
+    def give_up(*_):
+        raise UserError(WORKER_KILLED)
+
+    before_child = signal.signal(signal.SIGCHLD, child_ended)
+    before_alarm = signal.signal(signal.SIGALRM, give_up)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGCHLD, before_child)
+        signal.signal(signal.SIGALRM, before_alarm)

@@ -5,9 +5,9 @@
     bpe       unk 0, bos 1, eos 2, the 256 bytes at 3 to 258, sentencepiece's other pieces, <blank>, <middle>
     gpt2      GPT-2's 50,256 tokens, <|endoftext|>, <blank>, <middle>
 
-decode(encode(text)) == text for every text; only a foreign sentencepiece model without bytes loses what it has
-no piece for (it becomes unk, which decodes to nothing). No text encodes to a special id, whatever it spells.
-char and bpe put one space before a text that is not empty, as sentencepiece and llama2.c do, and `decode`
+decode(encode(text)) == text for every text. Only a foreign sentencepiece model without bytes loses what it
+has no piece for: it becomes unk, which decodes to nothing. No text encodes to a special id, even if it spells
+one. char and bpe put one space before a text that is not empty, as sentencepiece and llama2.c do, and `decode`
 removes it. sentencepiece writes a space as U+2581, so that character itself is encoded as its three bytes, in
 char too.
 """
@@ -49,7 +49,7 @@ class Tokenizer:
     lossless = True
 
     def __init__(self, data, pieces):
-        """data: the file's content. pieces: list of the bytes that each id spells, without the last two ids."""
+        """data: the file's content. pieces: list of the bytes that each id spells, except the last two."""
         self.files = {self.file_name: data}
         self._pieces = [*pieces, b'', b'']
         self.vocab_size = len(self._pieces)
@@ -119,7 +119,7 @@ class Tokenizer:
         return n_characters - (len(self.decode(ids)) - n_spaces)
 
     def state(self):
-        """Return plain values for a checkpoint, from which `tokenizer_from_state` makes the tokenizer again."""
+        """Return plain values for a checkpoint, from which `tokenizer_from_state` makes the tokenizer."""
         return {'encoding': self.encoding, 'files': self.files}
 
     def about(self):
@@ -186,8 +186,8 @@ class BPETokenizer(Tokenizer):
     file_name = 'tokenizer.model'
 
     # Protocol buffers that are concatenated are merged. This one is a normalizer_spec (field 3 of a model)
-    # with an empty precompiled_charsmap (2), and add_dummy_prefix (3) and remove_extra_whitespaces (4) off, so
-    # that sentencepiece does not change the text, and we put the space before it. The file itself keeps
+    # with an empty precompiled_charsmap (2), and add_dummy_prefix (3) and remove_extra_whitespaces (4) off:
+    # sentencepiece does not change the text, and we put the space before it. The file itself keeps
     # add_dummy_prefix, for other programs.
     NO_NORMALIZATION = b'\x1a\x06\x12\x00\x18\x00\x20\x00'
 
@@ -210,7 +210,7 @@ class BPETokenizer(Tokenizer):
 
     @classmethod
     def train(cls, texts, vocab_size):
-        """Learn a vocabulary from `texts` (iterable of str). Raises UserError if vocab_size does not suit them."""
+        """Learn a vocabulary from `texts` (iterable of str). Raises UserError if vocab_size is unsuitable."""
         import sentencepiece
 
         if vocab_size > MAX_VOCAB_SIZE:
@@ -221,7 +221,8 @@ class BPETokenizer(Tokenizer):
                 sentence_iterator=training_lines(texts),
                 model_writer=model,
                 model_type='bpe',
-                vocab_size=max(vocab_size - 2, 4),  # without <blank> and <middle>; below 4 its error has no size
+                # without <blank> and <middle>; below 4, its error does not say which size would do
+                vocab_size=max(vocab_size - 2, 4),
                 byte_fallback=True,
                 character_coverage=0.99999,  # no ids for characters rarer than 1 in 100,000
                 normalization_rule_name='identity',
@@ -316,7 +317,7 @@ CLASSES = {kind.encoding: kind for kind in (CharTokenizer, BPETokenizer, GPT2Tok
 # loading ------------------------------------------------------------------------
 
 def load_tokenizer(folder):
-    """Return the tokenizer of a folder that prepare.py wrote. Raises UserError if it is missing or damaged."""
+    """Return the tokenizer of a prepared folder. Raises UserError if it is missing or damaged."""
     meta = read_meta(folder)
     with user_errors(f'the tokenizer of {folder}', f'is missing or damaged ({PREPARE})'):
         if meta['encoding'] not in CLASSES:
@@ -330,7 +331,10 @@ def load_tokenizer(folder):
 
 
 def tokenizer_from_state(state, where='the checkpoint'):
-    """Return the tokenizer whose `state()` this is. Raises UserError, which names `where` it was, if it is not one."""
+    """Return the tokenizer whose `state()` this is. Raises UserError if it is not one.
+
+    where: what the state is from, for the error's message.
+    """
     with user_errors(f'the tokenizer of {where}'):
         encoding = state.get('encoding') if isinstance(state, dict) else None
         files = state.get('files') if isinstance(state, dict) else None
@@ -365,7 +369,7 @@ def cut(text, size):
 
 
 def unique_characters(texts):
-    """Return a string with every character of `texts` (a list of str). Raises UserError at a lone surrogate."""
+    """Return a string with every character of `texts`, a list. Raises UserError at a lone surrogate."""
     text = ''.join(texts)
     check_surrogates(text)
     data = text.encode()

@@ -69,8 +69,8 @@ def open_tokenizer(path):
         return tokenizer
     tokenizer = read_tokenizer(path)
     if tokenizer is None:
-        raise UserError(f'{path} is not a tokenizer: name a checkpoint (.pt or its folder), a prepared folder, '
-                        'tokenizer.model, .json or .bin, vocab.json, their folder, or a .txt for its '
+        raise UserError(f'{path} is not a tokenizer: name a checkpoint (.pt or its folder), a prepared '
+                        'folder, tokenizer.model, .json or .bin, vocab.json, their folder, or a .txt for its '
                         'characters')
     return tokenizer
 
@@ -247,7 +247,8 @@ def load_gpt2(offline=False):
         data = file.read_bytes()
     except (OSError, ValueError) as error:  # no file; no connection, no room in the cache, another hash
         how = '' if offline else f' and cannot be downloaded ({type(error).__name__})'
-        raise UserError(f"GPT-2's vocabulary is not in {cache} (tiktoken's) or {hub}{how}: {GPT2_HELP}") from error
+        raise UserError(f"GPT-2's vocabulary is not in {cache} (tiktoken's) or {hub}{how}: "
+                        + GPT2_HELP) from error
     with user_errors(file):
         return from_gpt2(data)
 
@@ -324,7 +325,7 @@ def sentencepiece_model(pieces):
 
 
 def write_varint(number):
-    """Return a protocol buffer's varint: 7 bits per byte, the lowest first; bit 8 is set if more bytes follow.
+    """Return a protocol buffer's varint: 7 bits per byte, the lowest first; bit 8 says that more follow.
 
     Example: 300 is 0b10_0101100, so its bytes are 0b1_0101100, 0b0_0000010.
     """

@@ -1,6 +1,6 @@
 """Turn stories into token shards, meta.json and a tokenizer: all that train.py needs.
 
-    python data/tiny_stories/prepare.py                                  # TinyStories, one token per character
+    python data/tiny_stories/prepare.py                    # TinyStories, one token per character
     python data/tiny_stories/prepare.py --source stories.txt --encoding_type bpe --out_dir data/mine
 """
 
@@ -25,7 +25,7 @@ from data.tokenizer_files import load_gpt2, open_tokenizer
 source = 'roneneldan/TinyStories'  # a name on the Hugging Face hub, a file, a folder, or sample (built in)
 text_column = ''  # the column of a table that holds the stories; '' means text or story
 encoding_type = 'auto'  # char, bpe or gpt2; auto is bpe for the built-in corpus and char for all others
-vocab_size = 0  # of a new bpe tokenizer, with its 2 infilling tokens; 0: 4096, or 1536 for the built-in corpus
+vocab_size = 0  # of a new bpe tokenizer, with the 2 infilling tokens; 0: 4096 (built-in corpus: 1536)
 tokenizer = ''  # reuse that of a run, prepared folder, pretrained model or file; a .txt gives its characters
 data_percentage = 100.0  # percentage of the stories to use; a smaller sample is part of a larger one
 val_percentage = 1.0  # percentage to hold out for validation if the source has no validation split
@@ -42,7 +42,7 @@ def main():
     check_settings()
     folder = Path(out_dir or Path(__file__).parent)
 
-    # `new` is a temporary folder whose files replace the old ones at the end, `cache` is for intermediate files
+    # temporary folders: at the end, the files in `new` replace the old ones; `cache` has intermediate files
     with write_dataset_atomically(folder) as (new, cache):
         # a given tokenizer is opened first, so that a wrong path shows before a long download
         enc = load_given_tokenizer()
@@ -136,14 +136,15 @@ HASH_COLUMNS = {'split_hash': 'uint64', 'sample_hash': 'uint64', 'bytes': 'int64
 def hash_stories(batch):
     """Return two 64-bit hashes of each story and its size in bytes of UTF-8 (0 if it is blank).
 
-    One hash decides the split and the other one the sample: with a single hash, a small sample of the training
-    stories would be empty.
+    One hash decides the split and the other one the sample: with a single hash, a small sample of the
+    training stories would be empty.
     """
     texts = ['' if text is None or text.isspace() else text for text in batch['text']]
     stories = [text.encode() for text in texts]
     digests = b''.join(blake2b(story, digest_size=16).digest() for story in stories)
     hashes = np.frombuffer(digests, '<u8').reshape(len(stories), 2)
-    return {'split_hash': hashes[:, 0], 'sample_hash': hashes[:, 1], 'bytes': [len(story) for story in stories]}
+    sizes = [len(story) for story in stories]
+    return {'split_hash': hashes[:, 0], 'sample_hash': hashes[:, 1], 'bytes': sizes}
 
 
 def to_numpy(dataset, name):
