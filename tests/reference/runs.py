@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from tests.reference.naive_train import Data
 from tests.helpers.scripts import Script, metrics, prepare, script
+from tests.reference.naive_train import Data
 
 __all__ = ['Script', 'checkpoint', 'flags', 'metrics', 'prepare', 'run_script', 'script',
            'stories_for_infilling']

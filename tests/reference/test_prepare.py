@@ -16,8 +16,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.helpers.scripts import script
 from tests.reference import naive_prepare as naive
-from tests.tiny import script
 
 PREPARE = 'data/tiny_stories/prepare.py'
 DELIMITER = '<|endoftext|>'

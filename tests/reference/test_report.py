@@ -12,8 +12,8 @@ from itertools import pairwise
 import pytest
 import torch
 
+from tests.helpers.scripts import script
 from tests.reference import naive_prepare, naive_report, naive_sample
-from tests.tiny import script
 
 REPORT, SAMPLE, PREPARE = 'report.py', 'sample.py', 'data/tiny_stories/prepare.py'
 WORDS = '\u732b\u72d7\u9b5a\u9ce5\u5c71\u6c34\u6708\u65e5\u4eba\u5927\u5c0f\u8d70'  # each is a word

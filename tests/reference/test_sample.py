@@ -6,8 +6,8 @@ import random
 import pytest
 import torch
 
+from tests.helpers.scripts import script
 from tests.reference import naive_sample as naive
-from tests.tiny import script
 
 SAMPLE = 'sample.py'
 BLOCK_SIZE = naive.SHAPE['block_size']

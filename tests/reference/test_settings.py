@@ -21,10 +21,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers.scripts import ROOT, Script, script
 from tests.reference import naive_prepare, naive_report, naive_sample
 from tests.reference import test_prepare as prepare_tests
 from tests.reference import test_report as report_tests
-from tests.tiny import ROOT, Script, script
 
 PREPARE, SAMPLE = 'data/tiny_stories/prepare.py', 'sample.py'
 EXPORT, REPORT, BENCH = 'export.py', 'report.py', 'bench.py'

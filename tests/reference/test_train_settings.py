@@ -207,7 +207,7 @@ def test_dataset_is_what_is_trained_on(data, baseline, tmp_path):
 def test_out_dir_holds_all_that_a_run_writes(data, baseline, tmp_path):
     assert changed(run_script(data, tmp_path / 'a' / 'b', *flags(BASE)), baseline) == set()
     assert sorted(path.name for path in tmp_path.rglob('[!.]*') if path.is_file()) == [
-        'best.pt', 'ckpt.pt', 'metrics.jsonl', 'run.json', 'samples.jsonl']
+        'best.pt', 'ckpt.pt', 'metrics.jsonl', 'run.json', 'samples.jsonl', 'tokenizer.json']
 
 
 def test_init_from_a_run_takes_its_weights(data, baseline, tmp_path):

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from configurator import SettingError, UserError
-
 from data.shards import Batches, Split, fingerprint, read_meta, write_dataset_atomically
 from tests.helpers.scripts import prepare
 
