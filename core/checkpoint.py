@@ -48,7 +48,7 @@ LONGEST_CONTEXT = 2**20
 # reading ----------------------------------------------------------------------
 
 def load_checkpoint(path):
-    """Read a checkpoint. Raises UserError if there is none, it is damaged, or it is not one of this project."""
+    """Read a checkpoint. Raises UserError if it is missing, damaged, or not one of this project."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f'no checkpoint {path}: train first, or name its folder with --out_dir')
@@ -434,4 +434,4 @@ def load_optimizer_state(optimizer, saved):
     for p, state in optimizer.state.items():
         for name, value in state.items():
             if not isinstance(value, torch.Tensor) or value.shape not in (p.shape, ()):
-                raise ValueError(f'{name} of an optimizer does not have the shape of its weight, {[*p.shape]}')
+                raise ValueError(f'{name} of an optimizer has another shape than its weight, {[*p.shape]}')

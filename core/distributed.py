@@ -108,8 +108,8 @@ def report_lost_ranks(resume_command):
         rank = get_ranks().rank
         if rank < 2:  # rank 0, and one more as rank 0 itself may be the one that ended
             reason = str(error).splitlines()[0]
-            print(f'train.py: rank {rank} cannot reach the other ranks, one of them may have ended: {reason}; '
-                  f'what was saved is whole, resume with: {resume_command}', file=sys.stderr)
+            print(f'train.py: rank {rank} cannot reach the other ranks, one of them may have ended: '
+                  f'{reason}; what was saved is whole, resume with: {resume_command}', file=sys.stderr)
         raise SystemExit(1) from None
     finally:
         if dist.is_initialized():
