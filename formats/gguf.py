@@ -95,8 +95,8 @@ class GGUF(base.Format):
         """Return log-probabilities, which are logits up to a constant."""
         rows = []
         for position in positions:
-            # The server drops the probabilities if the token it draws ends the text or is half a character. So
-            # a bias makes it draw a letter; the probabilities it reports are those before any such bias.
+            # The server drops the probabilities if the token it draws ends the text or is half a character.
+            # So a bias makes it draw a letter; it reports the probabilities before any such bias.
             answer = self.ask('/completion', prompt=ids[:position + 1], n_predict=1, temperature=0,
                               n_probs=MAX_VOCAB_SIZE, logit_bias=[[self.letter, 1e6]])
             tokens = answer['completion_probabilities'][0]['top_logprobs']

@@ -10,7 +10,7 @@ from configurator import UserError, user_errors
 from core.checkpoint import config_of
 from data.tokenizer_files import CONTROL, UNKNOWN, read_tokenizer
 from formats import base
-from formats.families import GPT2, Llama, family_of, required_block
+from formats.families import GPT2, LLAMA, family_of, required_block
 from formats.pieces import gpt2_merges, merges_of, pieces_of
 from model import GPTConfig
 
@@ -98,7 +98,7 @@ def special_ids(tokenizer):
 def family_of_model_type(path, model_type):
     """Return the family that a config.json names. Raises UserError if it is neither of the two."""
     if model_type == 'llama':
-        return Llama
+        return LLAMA
     if model_type in ('gpt2', None):
         return GPT2
     raise UserError(f'{path} has model_type {reprlib.repr(model_type)}; only llama and gpt2 can be loaded')
@@ -142,7 +142,7 @@ def write_json(path, content):
 # weights ----------------------------------------------------------------------
 
 def read_all_tensors(path):
-    """Return {name: tensor} of all weights in a folder. Raises UserError if there are none, or damaged ones."""
+    """Return {name: tensor} of all weights in a folder. Raises UserError if there are none, or damaged."""
     files = sorted(path.glob('model*.safetensors')) or sorted(path.glob('pytorch_model*.bin'))
     if not files:
         raise UserError(f'{path} has no model.safetensors and no pytorch_model.bin')
@@ -153,7 +153,7 @@ def read_all_tensors(path):
 
 
 def read_tensors(file):
-    """Return {name: tensor} of one file, .safetensors or a pickled .bin. Raises UserError if it is damaged."""
+    """Return {name: tensor} of a file, .safetensors or a pickled .bin. Raises UserError if it is damaged."""
     from safetensors.torch import load_file
 
     with user_errors(file):

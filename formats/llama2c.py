@@ -21,7 +21,7 @@ from configurator import UserError, user_errors
 from core.checkpoint import parameter_shapes
 from data.tokenizer_files import BYTE, NORMAL, read_tokenizer
 from formats import base
-from formats.families import Llama
+from formats.families import LLAMA
 from formats.pieces import pieces_of
 from model import GPTConfig, position_angles
 
@@ -66,7 +66,7 @@ class Llama2c(base.Importer):
 
     def incompatibilities(self, config, tokenizer):
         constants = {'bias': False, 'norm_eps': 1e-5, 'rope_theta': 10000.0}  # fixed in llama2.c's code
-        found = base.block_incompatibilities(config, Llama.block | constants)
+        found = base.block_incompatibilities(config, LLAMA.block | constants)
         if tokenizer.encoding == 'gpt2':
             found.append(("its encoder puts a space before and does not split words as GPT-2's does",
                           'prepare with --encoding_type bpe or char'))

@@ -1,7 +1,7 @@
 """Our tokenizers as vocabularies for foreign files: a piece for each id, and merges.
 
-A piece is (text, score, kind), as in data/tokenizer_files.py. A BPE encoder of another project merges the pair
-of pieces whose union scores highest, or works through a list of merges in order.
+A piece is (text, score, kind), as in data/tokenizer_files.py. The BPE encoders of other projects merge the
+pair of pieces whose union scores highest, or work through a list of merges in order.
 """
 
 import base64

@@ -28,14 +28,14 @@ def load_pretrained(path):
         return load_checkpoint(checkpoint_file)
     importer = find_importer(path)
     if importer is None:
-        raise UserError(f'{path} does not hold a model: name the folder of a run (with best.pt), a Hugging Face '
-                        'folder (with config.json; hf download gpt2 --local-dir gpt2 makes one), or a model of '
-                        'llama2.c (.bin, with tokenizer.bin next to it)')
+        raise UserError(f'{path} does not hold a model: name the folder of a run (with best.pt), a Hugging '
+                        'Face folder (with config.json; hf download gpt2 --local-dir gpt2 makes one), or a '
+                        'model of llama2.c (.bin, with tokenizer.bin next to it)')
     return importer.load(path)
 
 
 def load_with_tokenizer(path):
-    """Return (checkpoint, Tokenizer) of what `load_pretrained` reads. Raises UserError if it has no tokenizer."""
+    """Return (checkpoint, Tokenizer) of what `load_pretrained` reads. Raises UserError if it has none."""
     checkpoint = load_pretrained(path)
     if not checkpoint['tokenizer']:
         raise UserError(f'{path} has no tokenizer: put the one that the model was trained with next to it')

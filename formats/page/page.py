@@ -45,11 +45,9 @@ class HTML(base.Format):
         """validation_loss: what the page says of the loss, in words."""
         config = GPTConfig(**checkpoint['config'])
         weights = base.own_weights(checkpoint)
-        facts = facts_about(config, weights, checkpoint)
-        facts.insert(-1, ('validation loss', validation_loss))
         about = {
             'title': printable(Path(checkpoint['settings'].get('out_dir', 'stories')).name),
-            'facts': facts,
+            'facts': facts_about(config, weights, checkpoint, validation_loss),
             'infill': bool(checkpoint.get('infill_rate')),
             'prompt': 'Once upon a time',
             'blockSize': config.block_size,
@@ -144,8 +142,8 @@ def round_weights(model):
     return model
 
 
-def facts_about(config, weights, checkpoint):
-    """Return the small print at the end of the page, but for the loss: [(label, text)]."""
+def facts_about(config, weights, checkpoint, validation_loss):
+    """Return the small print at the end of the page: [(label, text)]."""
     n_params = sum(w.numel() for w in weights.values())
     settings = checkpoint['settings']
     facts = [
@@ -156,7 +154,8 @@ def facts_about(config, weights, checkpoint):
     ]
     if settings:
         facts.append(('trained on', f"{printable(settings['dataset'])}, {checkpoint['iter']:,} steps"))
-    facts.append(('exported', time.strftime('%Y-%m-%d')))
+    facts.append(('validation loss', validation_loss))
+    facts.append(('exported on', time.strftime('%Y-%m-%d')))
     return facts
 
 
