@@ -11,8 +11,13 @@ from formats.llama2c import Llama2c
 from formats.plain import Safetensors
 from formats.pretrained import load_pretrained
 from model import GPTConfig
-from tests.helpers.models import (GPT2_BLOCK, UNTIED, needs_export_packages, random_checkpoint,
-                                  write_random_model)
+from tests.helpers.models import (
+    GPT2_BLOCK,
+    UNTIED,
+    needs_export_packages,
+    random_checkpoint,
+    write_random_model,
+)
 from tests.helpers.tokenizers import BUILT_IN_STORIES, NASTY, trained_tokenizer
 
 LLAMA2C_CASES = [(block, encoding) for block in ({}, UNTIED) for encoding in ('char', 'bpe', 'lossy')]
@@ -93,7 +98,7 @@ def test_importer_gives_infilling_tokens_the_mean_row(tied):
 def test_importer_rejects_the_tokenizer_of_a_larger_model():
     tokenizer = trained_tokenizer('char')
     checkpoint = random_checkpoint(tokenizer, vocab_size=tokenizer.vocab_size - 3)
-    with pytest.raises(UserError, match='rows for .* tokens: put the tokenizer of this model next to it'):
+    with pytest.raises(UserError, match=r'rows for .* tokens: put the tokenizer of this model next to it'):
         MemoryImporter(checkpoint, tokenizer).load('x')
 
 
@@ -147,7 +152,7 @@ def test_block_incompatibilities_name_each_difference_and_a_way_out():
 @pytest.mark.parametrize('content', [b'{', b'[]', b'1', b'\xff', b'[' * 99999])
 def test_read_json_object_rejects_anything_else(tmp_path, content):
     (tmp_path / 'config.json').write_bytes(content)
-    with pytest.raises(UserError, match='config.json is damaged'):
+    with pytest.raises(UserError, match=r'config\.json is damaged'):
         base.read_json_object(tmp_path / 'config.json')
     with pytest.raises(UserError, match=r'absent\.json is damaged'):
         base.read_json_object(tmp_path / 'absent.json')

@@ -7,7 +7,6 @@ import shutil
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from configurator import UserError
 from core.checkpoint import load_model
@@ -113,8 +112,8 @@ def test_load_reads_the_tokenizer_json_of_llama(tmp_path):
 
 
 def test_load_takes_defaults_for_what_a_config_leaves_out(tmp_path):
-    checkpoint = write_random_model(HuggingFace(), trained_tokenizer('bpe'), tmp_path, **UNTIED, norm_eps=1e-6,
-                                    rope_theta=500.0)
+    choices = UNTIED | {'norm_eps': 1e-6, 'rope_theta': 500.0}
+    checkpoint = write_random_model(HuggingFace(), trained_tokenizer('bpe'), tmp_path, **choices)
     config = json.loads((tmp_path / 'config.json').read_text())
     for name in 'rope_theta', 'rms_norm_eps', 'tie_word_embeddings', 'mlp_bias', 'hidden_act':
         del config[name]
@@ -160,8 +159,12 @@ class Payload:
 
 
 @pytest.mark.parametrize('content', [
-    {'lm_head.weight': Payload()}, [torch.zeros(3)], {1: torch.zeros(3)}, {'lm_head.weight': 1},
-    {'lm_head.weight': torch.zeros(3, 3).to_sparse()}, {'transformer.h.0.attn.c_attn.weight': torch.zeros(())}])
+    {'lm_head.weight': Payload()},
+    [torch.zeros(3)],
+    {1: torch.zeros(3)},
+    {'lm_head.weight': 1},
+    {'lm_head.weight': torch.zeros(3, 3).to_sparse()},
+    {'transformer.h.0.attn.c_attn.weight': torch.zeros(())}])
 def test_load_rejects_pickled_weights_that_are_not_tensors_and_runs_nothing(tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'config.json').write_text('{"model_type": "gpt2"}')
