@@ -51,14 +51,14 @@ from model import GPT, GPTConfig
 # what to read and write
 dataset = 'tiny_stories'  # a folder under data/, or any path to a prepared folder
 out_dir = 'out-tiny-stories'  # folder for checkpoints, metrics.jsonl and loss.png
-init_from = 'scratch'  # scratch; resume (the run in out_dir); or the path of a model to tune
+init_from = 'scratch'  # scratch, resume (continue the run in out_dir), or the path of a model to fine-tune
 overwrite = False  # replace the run already in out_dir
-verify_data = False  # compare the shards with the hashes in meta.json; their lengths are always compared
+verify_data = False  # check the shards against the sha256 in meta.json; their sizes are always checked
 # the model; GPTConfig in model.py explains
 block_size = 256  # context length in tokens
 n_layer = 6  # blocks
 n_head = 6  # attention heads
-n_kv_head = 0  # key-value heads; 0: n_head
+n_kv_head = 0  # heads of keys and values (grouped-query attention); 0: n_head
 n_embd = 288  # width
 norm = 'rms'  # rms or layer
 position = 'rope'  # rope, learned or sinusoidal
@@ -66,21 +66,21 @@ mlp = 'swiglu'  # swiglu, gelu, relu or relu2
 mlp_width = 0  # hidden width of the MLP; 0: derived from n_embd
 qk_norm = False  # normalize queries and keys
 bias = False  # biases in the linear layers and in LayerNorm
-tie_embeddings = True  # one matrix for the embedding and the head
-dropout = 0.0  # probability
+tie_embeddings = True  # share one matrix between the embedding and the LM head
+dropout = 0.0  # dropout probability
 rope_theta = 10000.0  # base of the rotary frequencies
 norm_eps = 1e-5  # added to the variance in norms
 # optimization
 max_iters = 5000  # number of steps
-max_epochs = 0.0  # passes over the training data, instead of max_iters; 0: max_iters decides
+max_epochs = 0.0  # passes over the training data, instead of max_iters; 0: use max_iters
 batch_size = 32  # sequences per micro-batch
 gradient_accumulation_steps = 1  # micro-batches per step, over all ranks together
-optimizer = 'muon'  # muon (for the matrices of the blocks, AdamW for the rest) or adamw
+optimizer = 'muon'  # muon (for the matrices of the blocks, with AdamW for the rest) or adamw
 learning_rate = 0.0  # peak AdamW learning rate, Muon uses twice that; 0: 0.01 with muon, 1e-3 with adamw
 warmup_iters = 50  # steps of linear warmup; then the rate falls linearly to 0 at the last step
-weight_decay = 0.1  # of matrices
-beta1 = 0.9  # of AdamW
-beta2 = 0.95  # of AdamW
+weight_decay = 0.1  # weight decay of the matrices
+beta1 = 0.9  # AdamW's beta1
+beta2 = 0.95  # AdamW's beta2
 grad_clip = 1.0  # clip gradients to this norm; 0: do not clip
 # what a run shows and saves
 eval_interval = 500  # evaluate, save and sample every this many steps; 0: once per epoch
@@ -92,8 +92,8 @@ track = ''  # also log to this package: wandb or trackio
 # the machine
 device = 'auto'  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:N or mps
 dtype = 'auto'  # auto (bfloat16 if the hardware has it), float32, bfloat16 or float16
-compile = 'auto'  # torch.compile: auto (on cuda only), True or False
-seed = 1337  # of weights, data order and dropout
+compile = 'auto'  # use torch.compile: auto (on CUDA only), True or False
+seed = 1337  # random seed of weights, data order and dropout
 
 
 # settings ---------------------------------------------------------------------
@@ -126,7 +126,7 @@ def check_settings():
     one_of(('auto', 'True', 'False'), compile=compile)
     check_tracker(track)
     if 'WORLD_SIZE' in os.environ and 'RANK' not in os.environ:
-        raise UserError('WORLD_SIZE is set, but not RANK: unset it, or start several processes with torchrun')
+        raise UserError('WORLD_SIZE is set but RANK is not: unset it, or start the processes with torchrun')
 
 
 def make_config(vocab_size):
@@ -147,7 +147,7 @@ def suggest_less_memory():
         if per_rank % divisor == 0:
             fewer = per_rank // divisor
             return (f'type --batch_size {fewer} --gradient_accumulation_steps {global_batch_size // fewer}: '
-                    'the same batches')
+                    'the same batches in less memory')
     return 'take a smaller model or --block_size'
 
 
@@ -175,8 +175,8 @@ def load_weights(model, tokenizer):
     """Load the weights of the pretrained model `init_from`. Raises UserError if they do not suit."""
     pretrained = load_pretrained(init_from)
     if pretrained['tokenizer'] and pretrained['tokenizer'] != tokenizer.state():
-        raise UserError(f'{dataset} was prepared with another tokenizer than that of {init_from}: prepare it '
-                        f'with --tokenizer {shlex.quote(init_from)}')
+        raise UserError(f'{dataset} was prepared with a different tokenizer than that of {init_from}: '
+                        f'prepare it with --tokenizer {shlex.quote(init_from)}')
     for name, theirs in pretrained['config'].items():
         ours = getattr(model.config, name)
         may_be_shorter = name == 'block_size' and model.config.position != 'learned'

@@ -46,7 +46,7 @@ def choose_device(name, local_rank=0, world_size=1):
         raise SettingError(f'device is {name!r}; type auto, cpu, cuda, cuda:N or mps')
     device = torch.device(name)
     if device.type == 'mps' and not has_mps:
-        raise SettingError('device mps: this machine has none, or you start several ranks; use --device cpu')
+        raise SettingError('device mps: this machine has no MPS, or there are several ranks; use --device cpu')
     if device.type != 'cuda':
         return device
     if device.index is not None and world_size > 1:
