@@ -24,8 +24,8 @@ WRITE = {'type': 'write', 'prompt': 'Tim', 'first': '', 'last': '', 'temperature
          'seed': 5, 'length': 3}
 
 # Sends data.messages to the worker, each when the one before is done. Returns [its messages, the arguments of
-# model.write]. The model yields data.drawn, or throws an entry that is an error. When the worker sends a message
-# of the type data.stopAt, it is told to stop. Each look at the clock takes data.tick milliseconds.
+# model.write]. The model yields data.drawn, or throws an entry that is an error. When the worker sends a
+# message of the type data.stopAt, it is told to stop. Each look at the clock takes data.tick milliseconds.
 SESSION = """
 (async () => {
   const sent = [], asked = [];
