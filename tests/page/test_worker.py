@@ -144,13 +144,12 @@ def test_stop_does_not_touch_the_next_story():
     assert [message['reason'] for message in sent if message['type'] == 'done'] == ['length', 'length']
 
 
-def test_write_sends_pieces_every_30_milliseconds():
-    """The clock is read at the start, then twice per message that is sent and once per step that is not."""
-    often, _ = session(WRITE, drawn=DRAWN, tick=31)
-    rarely, _ = session(WRITE, drawn=DRAWN, tick=0.01)
-    assert [message['type'] for message in often] == ['pieces'] * 7 + ['done']
-    assert [message['type'] for message in rarely] == ['pieces', 'done']
-    assert pieces_of(often) == pieces_of(rarely)
+@pytest.mark.parametrize('tick, n_messages', [(0.01, 1), (10, 2), (31, 7)])
+def test_write_sends_pieces_every_30_milliseconds(tick, n_messages):
+    """Six steps, each of which looks at the clock, and a last message."""
+    sent, _ = session(WRITE, drawn=DRAWN, tick=tick)
+    assert [message['type'] for message in sent] == ['pieces'] * n_messages + ['done']
+    assert [text for text, _, _ in pieces_of(sent)] == ['', '', 'T', 'i', 'm', 'r', 'a', 'n']
 
 
 def test_write_reports_tokens_per_second_without_the_prompt():
