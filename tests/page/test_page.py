@@ -531,6 +531,14 @@ def test_finger_shows_and_hides_the_tip(page):
     window.lift()
 
 
+@pytest.mark.parametrize('p, shown', [
+    (0, '0.0%'), (0.0944, '9.4%'), (0.0956, '10%'), (0.994, '99%'), (0.996, '99.6%'), (1, '100.0%')])
+def test_tip_shows_a_decimal_near_0_and_1(page, p, shown):
+    window = coloured_story(page, story=[['a', p, []]])
+    window.move('.piece')
+    assert tip(window) == f'a: {shown}'
+
+
 def test_tip_stays_in_the_window(page):
     long = [[' a', 0.5, [['x' * 60, 0.1]] * 4]]
     window = coloured_story(page, story=long, repeat=500, atOnce=50)
@@ -540,6 +548,13 @@ def test_tip_stays_in_the_window(page):
         assert window.js("""(() => { const {left, right, top, bottom} = $('tip').getBoundingClientRect();
             return left >= 8 && right <= 382 && top >= 0 && bottom <= 600 && bottom - top > 50; })()""")
         assert window.js('document.documentElement.scrollWidth') == 390
+
+
+def test_tip_keeps_its_left_edge_in_a_window_that_is_too_narrow(page):
+    window = coloured_story(page, story=[[' a', 0.5, [['x' * 60, 0.1]]]])
+    window.look(280, 600)
+    window.move('.piece')
+    assert window.js("$('tip').getBoundingClientRect().left") == 8
 
 
 # safety, accessibility, speed -------------------------------------------------

@@ -1,6 +1,7 @@
 """The page's worker under Node: the messages it sends. Its model is replaced, and so is the clock."""
 
 import base64
+import re
 import zlib
 
 import pytest
@@ -89,6 +90,12 @@ DRAWN = [None, token('r', 0.25, [('a', 0.5)]), None, token('a'), None, token('n'
 
 def test_load_answers_that_it_is_ready():
     assert session() == ([], [])
+
+
+def test_load_says_that_there_is_no_simd():
+    script = re.sub("const KERNEL = '.*';", "const KERNEL = '';", worker_script(), count=1)
+    [sent, _] = run_js(f'{script}\n{SESSION}', {'messages': [load_message()], 'tick': 0})
+    assert sent == [{'type': 'ready', 'simd': False}]
 
 
 @pytest.mark.parametrize('weights', [
