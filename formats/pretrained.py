@@ -1,13 +1,15 @@
-"""Find out what a path contains and load it: a checkpoint of this project, or a model of another one.
-
-What needs torch is imported where it is used, as prepare.py comes here for a tokenizer alone.
-"""
+"""Find out what a path contains and load it: a checkpoint of this project, or a model of another one."""
 
 from pathlib import Path
 
-from configurator import UserError, user_errors
-from data.tokenizer import load_tokenizer, tokenizer_from_state
-from data.tokenizer_files import in_cache, read_tokenizer
+from configurator import UserError
+from core.checkpoint import load_checkpoint
+from data.tokenizer import tokenizer_from_state
+from data.tokenizer_files import in_cache, is_llama2c_model
+from formats.base import read_json_object
+from formats.hf import HuggingFace
+from formats.llama2c import Llama2c
+from formats.plain import FORMAT_NAME, Safetensors
 
 
 def load_pretrained(path):
@@ -24,7 +26,6 @@ def load_pretrained(path):
     path = in_cache(Path(path))
     checkpoint_file = find_checkpoint(path)
     if checkpoint_file is not None:
-        from core.checkpoint import load_checkpoint
         return load_checkpoint(checkpoint_file)
     importer = find_importer(path)
     if importer is None:
@@ -54,38 +55,9 @@ def find_checkpoint(path):
 
 def find_importer(path):
     """Return the format that reads the model at `path`, or None if it is not such a model."""
-    if path.suffix == '.bin' and path.is_file():
-        if is_tokenizer_bin(path):
-            return None
-        from formats.llama2c import Llama2c
+    if is_llama2c_model(path):
         return Llama2c()
     if (path / 'config.json').is_file():
-        from formats.base import read_json_object
-        from formats.hf import HuggingFace
-        from formats.plain import FORMAT_NAME, Safetensors
         content = read_json_object(path / 'config.json')
         return Safetensors() if content.get('format') == FORMAT_NAME else HuggingFace()
     return None
-
-
-def is_tokenizer_bin(path):
-    """Return whether a .bin of llama2.c is a tokenizer: its first piece is <unk>."""
-    with open(path, 'rb') as file:
-        return b'<unk>' in file.read(32)
-
-
-def open_tokenizer(path):
-    """The tokenizer of a prepared folder, of what `load_pretrained` reads, its model there or not, or of what
-    `read_tokenizer` does. Raises UserError where `path` is none of these, or is damaged."""
-    path = in_cache(Path(path))
-    if (path / 'meta.json').is_file():
-        return load_tokenizer(path)
-    with user_errors(path):
-        if checkpoint_file := find_checkpoint(path):
-            from core.checkpoint import load_checkpoint
-            return tokenizer_from_state(load_checkpoint(checkpoint_file)['tokenizer'], path)
-        importer = find_importer(path)
-        if tokenizer := importer.load_tokenizer(path) if importer else read_tokenizer(path):
-            return tokenizer
-    raise UserError(f'{path} is no tokenizer: name a checkpoint (.pt or its folder), a prepared folder, '
-                    'tokenizer.model, .json or .bin, vocab.json, their folder, or a .txt for its characters')
