@@ -24,7 +24,7 @@ except ModuleNotFoundError:
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]) if modal.is_local() else '/repository')
 
 from cloud.scripts import CORES, ROOT, call, plan, relative, stays_here
-from configurator import SettingError, UserError, nearest, run, user_errors
+from configurator import SettingError, UserError, did_you_mean, run, user_errors
 
 OWN = {'command': 'all', 'gpu': 'T4', 'secret': ''}
 VOLUME = Path('/volume')  # where the functions have it
@@ -128,7 +128,7 @@ def remove(names):
         sizes['/'.join(path.parts[:2 if path.parts[0] in ('data', 'caches') else 1])] += size
     print(*(f'{sizes[name] / 1e6:12,.1f} MB  {name}' for name in sorted(sizes)), sep='\n')
     if unknown := [name for name in names if name not in sizes]:
-        raise UserError(f'the volume holds no {unknown[0]}{nearest(unknown[0], sizes)}')
+        raise UserError(f'the volume holds no {unknown[0]}{did_you_mean(unknown[0], sizes)}')
     for name in names:
         with user_errors(name, 'was not removed'):
             if input(f'remove {name}? (yes or no) ') != 'yes' or input(f'for good? Type {name}: ') != name:
