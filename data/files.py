@@ -75,3 +75,12 @@ def write_atomically(path, write):
             os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_bytes_atomically(path, data):
+    """Put `data` at `path`, whole or not at all."""
+
+    def write(file):
+        file.write(data)
+
+    write_atomically(path, write)

@@ -146,34 +146,34 @@ class Batches:
     Each epoch is a seeded permutation of all windows, the first one from the stream's first token on, each
     later one from a seeded token below block_size, so that no two cut the stories alike. The global batch of
     step s is sequences s * sequences to (s + 1) * sequences of that endless stream of windows, whatever the
-    number of ranks. A rank takes its share in `micro_steps` micro-batches, none larger than batch_size.
+    number of ranks. A rank takes its share in `grad_accum_steps` micro-batches, none larger than batch_size.
     """
 
     def __init__(self, split, block_size, batch_size, accumulation_steps, seed, rank=0, world_size=1):
         """Raises SettingError where the ranks cannot share a step, UserError for too little text."""
         self.split, self.block_size, self.seed = split, block_size, seed
-        self.sequences = batch_size * accumulation_steps
-        self.micro_steps = math.ceil(accumulation_steps / world_size)
-        unit = world_size * self.micro_steps
-        if self.sequences % unit:
-            below = self.sequences // unit * unit
+        self.global_batch_size = batch_size * accumulation_steps
+        self.grad_accum_steps = math.ceil(accumulation_steps / world_size)
+        unit = world_size * self.grad_accum_steps
+        if self.global_batch_size % unit:
+            below = self.global_batch_size // unit * unit
             nearest = ' or '.join(str(n) for n in (below, below + unit) if n)
-            raise SettingError(f'{self.sequences} sequences a step (batch_size {batch_size} * '
+            raise SettingError(f'{self.global_batch_size} sequences a step (batch_size {batch_size} * '
                                f'gradient_accumulation_steps {accumulation_steps}) do not divide among '
-                               f'{world_size} ranks with {self.micro_steps} micro-batches each; the nearest: '
+                               f'{world_size} ranks with {self.grad_accum_steps} micro-batches each; the nearest: '
                                + nearest)
         self.n_windows = (split.n_tokens - 1) // block_size
         if self.n_windows < 1:
             raise UserError(f'{split.folder} has {split.n_tokens:,} training tokens, fewer than one window '
                             f'of {block_size} and its target: prepare more text or lower --block_size')
-        share = self.sequences // world_size
+        share = self.global_batch_size // world_size
         self.rows = slice(rank * share, (rank + 1) * share)
         self.epoch, self.order = -1, None  # the tokens that the windows of an epoch start at
 
     def starts(self, step):
         """The tokens that the windows of the global batch of `step` start at, an int array (sequences,)."""
-        position = np.arange(step * self.sequences, (step + 1) * self.sequences)
-        out = np.empty(self.sequences, dtype=np.int64)
+        position = np.arange(step * self.global_batch_size, (step + 1) * self.global_batch_size)
+        out = np.empty(self.global_batch_size, dtype=np.int64)
         for epoch in np.unique(position // self.n_windows):
             if epoch != self.epoch:
                 self.epoch, rng = epoch, np.random.default_rng((self.seed, epoch))
@@ -186,9 +186,9 @@ class Batches:
     def __call__(self, step):
         """This rank's micro-batches of `step`: a list of (inputs, targets), int64 (B, block_size) each."""
         xy = self.split.windows(self.starts(step)[self.rows], self.block_size)
-        return list(zip(*(np.split(a, self.micro_steps) for a in xy), strict=True))
+        return list(zip(*(np.split(a, self.grad_accum_steps) for a in xy), strict=True))
 
-    def ahead(self, step):
+    def from_step(self, step):
         """Yields the micro-batches of `step` and all that follow, each read while those before are used."""
         with ThreadPoolExecutor(1) as loader:
             coming = loader.submit(self, step)

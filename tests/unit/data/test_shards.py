@@ -80,7 +80,7 @@ def test_batches_that_ranks_cannot_share_are_refused(folder, batch_size, accumul
 
 def test_batches_come_ahead_in_order(folder):
     batches, ahead = (Batches(Split(folder, 'train'), 16, 4, 2, seed=1) for _ in range(2))
-    for step, ready in zip((5, 6, 7), ahead.ahead(5), strict=False):
+    for step, ready in zip((5, 6, 7), ahead.from_step(5), strict=False):
         assert np.array_equal(ready, batches(step))
 
 
