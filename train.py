@@ -51,14 +51,14 @@ from model import GPT, GPTConfig
 # what to read and write
 dataset = 'tiny_stories'  # a folder under data/, or any path to a prepared folder
 out_dir = 'out-tiny-stories'  # folder for checkpoints, metrics.jsonl and loss.png
-init_from = 'scratch'  # scratch; resume (the run in out_dir); or the path of a model to tune
+init_from = 'scratch'  # scratch, resume (continue the run in out_dir), or the path of a model to fine-tune
 overwrite = False  # replace the run already in out_dir
-verify_data = False  # compare the shards with the hashes in meta.json; their lengths are always compared
+verify_data = False  # check the shards against the sha256 in meta.json; their sizes are always checked
 # the model; GPTConfig in model.py explains
 block_size = 256  # context length in tokens
 n_layer = 6  # blocks
 n_head = 6  # attention heads
-n_kv_head = 0  # key-value heads; 0: n_head
+n_kv_head = 0  # heads of keys and values (grouped-query attention); 0: n_head
 n_embd = 288  # width
 norm = 'rms'  # rms or layer
 position = 'rope'  # rope, learned or sinusoidal
@@ -66,21 +66,21 @@ mlp = 'swiglu'  # swiglu, gelu, relu or relu2
 mlp_width = 0  # hidden width of the MLP; 0: derived from n_embd
 qk_norm = False  # normalize queries and keys
 bias = False  # biases in the linear layers and in LayerNorm
-tie_embeddings = True  # one matrix for the embedding and the head
-dropout = 0.0  # probability
+tie_embeddings = True  # share one matrix between the embedding and the LM head
+dropout = 0.0  # dropout probability
 rope_theta = 10000.0  # base of the rotary frequencies
 norm_eps = 1e-5  # added to the variance in norms
 # optimization
 max_iters = 5000  # number of steps
-max_epochs = 0.0  # passes over the training data, instead of max_iters; 0: max_iters decides
+max_epochs = 0.0  # passes over the training data, instead of max_iters; 0: use max_iters
 batch_size = 32  # sequences per micro-batch
 gradient_accumulation_steps = 1  # micro-batches per step, over all ranks together
-optimizer = 'muon'  # muon (for the matrices of the blocks, AdamW for the rest) or adamw
+optimizer = 'muon'  # muon (for the matrices of the blocks, with AdamW for the rest) or adamw
 learning_rate = 0.0  # peak AdamW learning rate, Muon uses twice that; 0: 0.01 with muon, 1e-3 with adamw
 warmup_iters = 50  # steps of linear warmup; then the rate falls linearly to 0 at the last step
-weight_decay = 0.1  # of matrices
-beta1 = 0.9  # of AdamW
-beta2 = 0.95  # of AdamW
+weight_decay = 0.1  # weight decay of the matrices
+beta1 = 0.9  # AdamW's beta1
+beta2 = 0.95  # AdamW's beta2
 grad_clip = 1.0  # clip gradients to this norm; 0: do not clip
 # what a run shows and saves
 eval_interval = 500  # evaluate, save and sample every this many steps; 0: once per epoch
@@ -92,8 +92,8 @@ track = ''  # also log to this package: wandb or trackio
 # the machine
 device = 'auto'  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:N or mps
 dtype = 'auto'  # auto (bfloat16 if the hardware has it), float32, bfloat16 or float16
-compile = 'auto'  # torch.compile: auto (on cuda only), True or False
-seed = 1337  # of weights, data order and dropout
+compile = 'auto'  # use torch.compile: auto (on CUDA only), True or False
+seed = 1337  # random seed of weights, data order and dropout
 
 
 # settings ---------------------------------------------------------------------
@@ -126,7 +126,7 @@ def check_settings():
     one_of(('auto', 'True', 'False'), compile=compile)
     check_tracker(track)
     if 'WORLD_SIZE' in os.environ and 'RANK' not in os.environ:
-        raise UserError('WORLD_SIZE is set, but not RANK: unset it, or start several processes with torchrun')
+        raise UserError('WORLD_SIZE is set but RANK is not: unset it, or start the processes with torchrun')
 
 
 def make_config(vocab_size):
@@ -147,7 +147,7 @@ def suggest_less_memory():
         if per_rank % divisor == 0:
             fewer = per_rank // divisor
             return (f'type --batch_size {fewer} --gradient_accumulation_steps {global_batch_size // fewer}: '
-                    'the same batches')
+                    'the same batches in less memory')
     return 'take a smaller model or --block_size'
 
 
@@ -171,12 +171,19 @@ def check_resumable(checkpoint, config, meta, max_steps):
                            f"{checkpoint['iter']}")
 
 
+def resume(this_run, max_steps):
+    """Continue the run in out_dir from its last checkpoint. Raises SettingError if it does not fit."""
+    checkpoint = load_checkpoint(this_run.folder.path / 'ckpt.pt')
+    check_resumable(checkpoint, this_run.model.config, this_run.meta, max_steps)
+    this_run.restore(checkpoint)
+
+
 def load_weights(model, tokenizer):
     """Load the weights of the pretrained model `init_from`. Raises UserError if they do not suit."""
     pretrained = load_pretrained(init_from)
     if pretrained['tokenizer'] and pretrained['tokenizer'] != tokenizer.state():
-        raise UserError(f'{dataset} was prepared with another tokenizer than that of {init_from}: prepare it '
-                        f'with --tokenizer {shlex.quote(init_from)}')
+        raise UserError(f'{dataset} was prepared with a different tokenizer than that of {init_from}: '
+                        f'prepare it with --tokenizer {shlex.quote(init_from)}')
     for name, theirs in pretrained['config'].items():
         ours = getattr(model.config, name)
         may_be_shorter = name == 'block_size' and model.config.position != 'learned'
@@ -194,6 +201,27 @@ def lr_factor(step, max_steps):
     warmup = min(1.0, (step + 1) / (warmup_iters + 1))
     decay = max(0, max_steps - step) / max(1, max_steps - warmup_iters)
     return min(warmup, decay)
+
+
+def wants_compile(torch_device):
+    """Return whether the setting `compile` means torch.compile on this device."""
+    return compile == 'True' or (compile == 'auto' and torch_device.type == 'cuda')
+
+
+def speed_up(ddp_model, model, batch, torch_device, context):
+    """Return what trains and what evaluates (x, y): compiled, or with faster kernels on a CPU.
+
+    batch: one micro-batch to try compilation on; if that fails, training continues without it.
+    """
+    score = partial(count_loss, model)
+    if wants_compile(torch_device):
+        x, y = to_device(batch, torch_device)
+        compiled = try_compile(ddp_model, score, x, y, context)
+        if compiled:
+            return compiled
+    if torch_device.type == 'cpu':
+        use_fast_cpu_kernels(model)
+    return ddp_model, score
 
 
 def seed_dropout(step, rank):
@@ -225,16 +253,14 @@ def main():
     torch_device = choose_device(device, ranks.local_rank, ranks.world_size)
     ptdtype = choose_dtype(dtype, torch_device)
     context = autocast(torch_device, ptdtype)
-    use_compile = compile == 'True' or (compile == 'auto' and torch_device.type == 'cuda')
     configure_memory(torch_device)
-    if torch_device.type == 'cpu' and not use_compile:
+    if torch_device.type == 'cpu' and not wants_compile(torch_device):
         choose_threads()
 
     # the data
     folder = prepared_folder(dataset)
-    verify = verify_data and ranks.local_rank == 0
-    train_split = Split(folder, 'train', verify)
-    val_split = Split(folder, 'val', verify)
+    train_split = Split(folder, 'train', verify_data and ranks.local_rank == 0)
+    val_split = Split(folder, 'val', verify_data and ranks.local_rank == 0)
     tokenizer = load_tokenizer(folder)
     batches = Batches(train_split, block_size, batch_size, gradient_accumulation_steps, seed, ranks.rank,
                       ranks.world_size)
@@ -242,7 +268,7 @@ def main():
     max_steps = math.ceil(max_epochs * steps_per_epoch) if max_epochs > 0 else max_iters
     eval_every = eval_interval if eval_interval > 0 else math.ceil(steps_per_epoch)
 
-    # the model, from scratch, from a pretrained one, or as the run to resume has left it
+    # the model: from scratch, from the run to resume, or from a pretrained model
     run_folder = RunFolder(out_dir, resume=init_from == 'resume', overwrite=overwrite)
     torch.manual_seed(seed)
     model = GPT(make_config(tokenizer.vocab_size)).to(torch_device)
@@ -250,23 +276,13 @@ def main():
     scaler = torch.amp.GradScaler(torch_device.type, enabled=ptdtype == torch.float16)
     this_run = Run(run_folder, model, optimizers, scaler, tokenizer, train_split.meta, settings(globals()))
     if run_folder.resume:
-        checkpoint = load_checkpoint(run_folder.path / 'ckpt.pt')
-        check_resumable(checkpoint, model.config, train_split.meta, max_steps)
-        this_run.restore(checkpoint)
+        resume(this_run, max_steps)
     elif init_from != 'scratch':
         load_weights(model, tokenizer)
 
-    # several GPUs, torch.compile, faster kernels
+    # several ranks, torch.compile, faster kernels
     ddp_model = join_ranks(model, torch_device)
-    train_model, score = ddp_model, partial(count_loss, model)
-    compiled = None
-    if use_compile:
-        x, y = to_device(batches(this_run.step)[0], torch_device)
-        compiled = try_compile(train_model, score, x, y, context)
-    if compiled:
-        train_model, score = compiled
-    elif torch_device.type == 'cpu':
-        use_fast_cpu_kernels(model)
+    train_model, score = speed_up(ddp_model, model, batches(this_run.step)[0], torch_device, context)
 
     # evaluation
     stop = StopSignals()
@@ -348,9 +364,9 @@ def main():
         print(f'stopped at step {this_run.step} and saved; resume with: {resume_command(out_dir)}',
               file=sys.stderr)
     elif is_master:
-        write_stories = f"python {script_path('sample.py')} --out_dir {shlex.quote(out_dir)}"
         print(f'done at step {this_run.step}/{max_steps}: best validation loss {this_run.best_val_loss:.4f} '
-              f'at step {this_run.best_step}; write stories with: {write_stories}')
+              f'at step {this_run.best_step}; write stories with: '
+              f"python {script_path('sample.py')} --out_dir {shlex.quote(out_dir)}")
     wait_for_ranks()
     if stopping:
         raise SystemExit(stop.exit_status())

@@ -51,7 +51,7 @@ def load_checkpoint(path):
     """Read a checkpoint. Raises UserError if it is missing, damaged, or not one of this project."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f'no checkpoint {path}: train first, or name its folder with --out_dir')
+        raise UserError(f'no checkpoint {path}: train first, or name the folder of a run with --out_dir')
     reason = damage(path)
     if reason:
         raise UserError(f'{path} is damaged or not a checkpoint ({reason}){suggest_other_checkpoint(path)}')
@@ -375,7 +375,7 @@ class Run:
     def checkpoint(self):
         """Return the checkpoint of this moment. Raises DivergedError if a weight is not finite."""
         if not all(p.isfinite().all() for p in self.model.parameters()):
-            raise self.diverged('there are weights that are not finite')
+            raise self.diverged('some weights are not finite')
         return {
             'model': self.model.state_dict(),
             'config': asdict(self.model.config),

@@ -42,11 +42,11 @@ def choose_device(name, local_rank=0, world_size=1):
             name = 'mps'
         else:
             name = 'cpu'
-    if not re.fullmatch(r'cpu|cuda(:\d{1,3})?|mps', name):
+    if not re.fullmatch(r'cpu|cuda(:\d{1,2})?|mps', name):
         raise SettingError(f'device is {name!r}; type auto, cpu, cuda, cuda:N or mps')
     device = torch.device(name)
     if device.type == 'mps' and not has_mps:
-        raise SettingError('device mps: this machine has none, or you start several ranks; use --device cpu')
+        raise SettingError('device mps: there is no MPS, or there are several ranks; use --device cpu')
     if device.type != 'cuda':
         return device
     if device.index is not None and world_size > 1:

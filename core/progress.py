@@ -146,7 +146,7 @@ class Progress:
             from matplotlib.figure import Figure  # takes half a second to import
         except Exception as error:  # not installed, or one that does not suit
             if not self.warned:
-                self.print(f'no loss.png is drawn ({error}): pip install matplotlib')
+                self.print(f'loss.png was not drawn ({error}): pip install matplotlib')
             self.warned = True
             return
         figure = Figure(figsize=(8, 7), layout='constrained')
@@ -167,7 +167,7 @@ def start_tracker(track, facts):
         return None
     tracker = importlib.import_module(track)
     os.environ.setdefault('WANDB_RUN_ID', facts['name'])  # wandb knows a run by its id, trackio by its name
-    with user_errors(track, 'does not start'):
+    with user_errors(track, 'could not start a run'):
         tracker.init(project='tiny-stories', name=facts['name'], config=facts, resume='allow')
     return tracker
 

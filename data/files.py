@@ -37,9 +37,9 @@ def report_write_errors(path, flag='--out_dir'):
         if not reason:
             raise
         if isinstance(error, FileNotFoundError) or isinstance(error.__context__, FileNotFoundError):
-            advice = 'the folder was removed or renamed meanwhile'
+            advice = 'the folder was removed or renamed while in use'
         else:
-            advice = f'make room or name another {flag}; what was saved before, if anything, is whole'
+            advice = f'free some space or name another {flag}; what was saved before is whole'
         raise UserError(f'cannot write {path} ({reason}): {advice}') from error
 
 

@@ -47,7 +47,8 @@ def metrics(folder):
 # Scripts in processes forked from one that has imported what is slow
 
 forks = multiprocessing.get_context('forkserver')
-forks.set_forkserver_preload(['pytest', 'matplotlib.figure', 'torch._dynamo', 'torch.distributed'])
+forks.set_forkserver_preload([
+    'pytest', 'matplotlib.figure', 'torch._dynamo', 'torch.distributed', 'pandas', 'requests'])
 
 
 def once(words):

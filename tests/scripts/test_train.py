@@ -26,7 +26,7 @@ def given(monkeypatch):
 
 @pytest.fixture
 def train_small(data, tmp_path):
-    """train_small(*flags, status=0) is train.py in tmp_path/out, on a model of one layer, without loss.png."""
+    """train_small(*flags, status=0) trains a model of one layer in tmp_path/out, without loss.png."""
     def run(*flags, status=0):
         words = [*SETTINGS, '--n_layer=1', '--block_size=16', '--optimizer=adamw', '--max_iters=3',
                  '--eval_interval=99', f'--dataset={data}', f'--out_dir={tmp_path}/out']
@@ -102,7 +102,7 @@ def test_load_weights_refuses_models_that_do_not_suit(given, monkeypatch, letter
     ({'optimizer': 'adamw'}, 'optimizer is muon, but out/ckpt.pt has adamw'),
     ({'n_head': 4}, 'n_head is 2, but out/ckpt.pt has 4'),
     ({'iter': 11}, 'max_iters asks for 10 steps, but out/ckpt.pt has already done 11'),
-    ({'fingerprint': 'f' * 64}, "the data in mine is not what this run was trained on .* the run's ffffffff")])
+    ({'fingerprint': 'f' * 64}, "data in mine is not what this run was trained on .* the run's ffffffff")])
 def test_check_resumable_names_what_differs(given, data, changes, message):
     given(optimizer='muon', out_dir='out', dataset='mine')
     meta = Split(data, 'train').meta

@@ -66,7 +66,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, room):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
     try:
-        with pytest.raises(UserError, match=r'write .*ckpt.pt \(File too large\): make room .* whole$'):
+        with pytest.raises(UserError, match=r'write .*ckpt.pt \(File too large\): free some space .* whole$'):
             save(tmp_path / 'ckpt.pt', STATE | {'iter': 8})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -346,7 +346,7 @@ def test_a_run_that_diverged_saves_nothing_and_names_the_way_back(tmp_path, valu
         run.save()
     best, last = tmp_path / 'best.pt', tmp_path / 'ckpt.pt'
     assert str(error.value) == (
-        f'step 7: there are weights that are not finite. {best} is good: resume from it with a lower '
+        f'step 7: some weights are not finite. {best} is good: resume from it with a lower '
         f'learning rate (or, in float16, with --dtype float32): cp {best} {last} && python train.py '
         f'--init_from resume --out_dir {tmp_path} --learning_rate 0.001')
     assert os.listdir(tmp_path) == ['best.pt']

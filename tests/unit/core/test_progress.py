@@ -146,7 +146,7 @@ def test_without_matplotlib_one_line_says_so(begin, tmp_path, monkeypatch, capsy
     progress.draw()
     progress.draw()
     out = capsys.readouterr().out
-    assert out.startswith('no loss.png is drawn (') and out.endswith('): pip install matplotlib\n')
+    assert out.startswith('loss.png was not drawn (') and out.endswith('): pip install matplotlib\n')
     assert out.count('\n') == 1 and 'loss.png' not in os.listdir(tmp_path / 'out')
 
 
@@ -211,7 +211,7 @@ def test_a_tracker_that_fails_is_one_line(begin, monkeypatch):
         raise ValueError('no key')
 
     monkeypatch.setitem(sys.modules, 'wandb', types.SimpleNamespace(init=init))
-    with pytest.raises(UserError, match='wandb does not start: no key'):
+    with pytest.raises(UserError, match='wandb could not start a run: no key'):
         begin(track='wandb')
 
 

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from configurator import SettingError, UserError
-from data.files import write_dataset_atomically
-from data.shards import Batches, Split, fingerprint, read_meta
+from data.shards import Batches, Split, fingerprint, read_meta, write_dataset_atomically
 from tests.helpers.scripts import prepare
 
 TOKENS = np.random.default_rng(0).integers(0, 60_000, 1003).astype(np.uint16)
