@@ -8,8 +8,8 @@ paragraphs, and `{slot}` is a word that is drawn once per story, so that the sam
     {parent} {phe} ...              mom, dad, grandma or grandpa
     {item} {thing}                  what the story is about, without and with its color: kite, red kite
 
-A capitalized slot gives a capitalized word. The first paragraph names the hero and what the hero wants, and the
-last one comes back to it, so that a small model can tell from the beginning of a story how it continues.
+A capitalized slot gives a capitalized word. The first paragraph names the hero and what the hero wants, and
+the last one comes back to it, so that a small model can tell from a story's beginning how it continues.
 
     python data/tiny_stories/sample_stories.py      # prints three stories
 """
