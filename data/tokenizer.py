@@ -7,9 +7,9 @@
 
 decode(encode(text)) == text for every text. Only a foreign sentencepiece model without bytes loses what it
 has no piece for: it becomes unk, which decodes to nothing. No text encodes to a special id, even if it spells
-one. char and bpe put one space before a text that is not empty, as sentencepiece and llama2.c do, and `decode`
-removes it. sentencepiece writes a space as U+2581, so that character itself is encoded as its three bytes, in
-char too.
+one. char and bpe put one space before a text that is not empty, as sentencepiece and llama2.c do, and
+`decode` removes it. sentencepiece writes a space as U+2581, so that character itself is encoded as its three
+bytes, in char too.
 """
 
 import base64
