@@ -1,6 +1,13 @@
-"""The KV caches, the loop from token to token, drawing a token."""
+"""Generation with a KV cache, from single tokens up to whole stories.
 
-import itertools
+    generate          yields the next token of each prompt of a batch
+    generate_until    continues prompts of different lengths, each until its story ends
+    generate_stories  continues any number of prompts, in batches that fit into memory
+    sample_story      returns the text of one story
+
+Shapes: B sequences, T tokens each, V = vocab_size.
+"""
+
 import math
 from functools import partial
 from random import Random
@@ -12,29 +19,42 @@ from tqdm import tqdm
 from configurator import UserError
 from data import infill
 
-# For attention to a cache. cuDNN, which an H100 would take, plans anew for each length: up to 0.1 s a token
-KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# Attention backends for generation: all but cuDNN, which an H100 would choose. cuDNN makes a new plan for
+# each length of the cache, which takes up to 0.1 s per token.
+SDPA_BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
+
+# KV caches ----------------------------------------------------------------------
 
 class KVCache:
-    """Keys and values of the tokens seen so far, for B sequences of up to block_size tokens."""
+    """Keys and values of the tokens seen so far, for B sequences of up to block_size tokens.
+
+    The model calls `extend` once per forward pass and then `append` in each layer.
+    """
 
     def __init__(self, config, B, device, dtype):
-        shape = B, config.n_kv_head, config.block_size, config.head_dim
-        self.layers = [[torch.zeros(shape, device=device, dtype=dtype) for _ in 'kv']
-                       for _ in range(config.n_layer)]
-        self.device, self.length = device, 0
+        shape = (B, config.n_kv_head, config.block_size, config.head_dim)
+        self.layers = []
+        for _ in range(config.n_layer):
+            keys = torch.zeros(shape, device=device, dtype=dtype)
+            values = torch.zeros(shape, device=device, dtype=dtype)
+            self.layers.append((keys, values))
+        self.device = device
+        self.length = 0  # tokens in the cache
+        self.mask = None  # (T, length), which tokens each new token attends to; None: see `extend`
 
     def extend(self, T):
-        """Make room for T tokens and return their positions, a slice; `mask` is what they may look at."""
-        start, self.length = self.length, self.length + T
-        self.mask = None  # all before them
-        if T > 1 and start:  # is_causal would align the wrong corner
+        """Make room for T tokens and return their positions, a slice. Set `mask` for their attention."""
+        start = self.length
+        self.length += T
+        if T == 1 or start == 0:  # all tokens, or plain causal attention: the model needs no mask
+            self.mask = None
+        else:  # is_causal would align its triangle with the wrong corner
             self.mask = torch.ones(T, self.length, dtype=torch.bool, device=self.device).tril(start)
         return slice(start, self.length)
 
     def append(self, layer, k, v):
-        """Store k and v (B, n_kv_head, T, head_dim) in the room made; return all that is there now."""
+        """Store k and v (B, n_kv_head, T, head_dim) of the newest T tokens; return those of all tokens."""
         keys, values = self.layers[layer]
         T = k.size(2)
         keys.narrow(2, self.length - T, T).copy_(k)
@@ -43,163 +63,261 @@ class KVCache:
 
 
 class StaticCache:
-    """A view of a KVCache for compiled steps of one token: no shape changes, and `pos` is a tensor."""
+    """A view of a KVCache for a compiled step of one token: shapes are fixed, the position is a tensor."""
 
     def __init__(self, cache):
-        self.layers, self.length = cache.layers, 0
-        self.pos = torch.zeros(1, dtype=torch.long, device=cache.device)
-        for tensor in self.pos, *(tensor for layer in self.layers for tensor in layer):
-            torch._dynamo.mark_static_address(tensor)  # CUDA graphs take no other tensors that change
+        self.layers = cache.layers
+        self.length = 0  # the position is in `position`; this only passes the model's check of the length
+        self.position = torch.zeros(1, dtype=torch.long, device=cache.device)
+        torch._dynamo.mark_static_address(self.position)  # CUDA graphs allow no other tensors to change
+        for keys, values in self.layers:
+            torch._dynamo.mark_static_address(keys)
+            torch._dynamo.mark_static_address(values)
 
     def extend(self, T):
-        self.mask = (torch.arange(self.layers[0][0].size(2), device=self.pos.device) <= self.pos)[None]
-        return self.pos
+        keys, _ = self.layers[0]
+        block_size = keys.size(2)
+        self.mask = (torch.arange(block_size, device=keys.device) <= self.position)[None]
+        return self.position
 
     def append(self, layer, k, v):
-        for kept, new in zip(self.layers[layer], (k, v), strict=True):
-            kept.index_copy_(2, self.pos, new.type_as(kept))
-        return self.layers[layer]
+        keys, values = self.layers[layer]
+        keys.index_copy_(2, self.position, k.type_as(keys))
+        values.index_copy_(2, self.position, v.type_as(values))
+        return keys, values
+
+
+# one token after another --------------------------------------------------------
+
+def prefill(model, cache, idx):
+    """Fill the cache with the tokens idx (B, T) and return the logits (B, V) of the next token."""
+    cache.length = 0
+    return model(idx, cache=cache)[:, -1]
+
+
+def decode_one_token(model, cache, token):
+    """Add the tokens (B,) to the cache and return the logits (B, V) of the next token."""
+    return model(token[:, None], cache=cache)[:, -1]
+
+
+def compile_decoding(model, cache):
+    """Return `decode_one_token` as a compiled function of the tokens; on a GPU it is one CUDA graph."""
+    static_cache = StaticCache(cache)
+    step = partial(model, cache=static_cache)
+    compiled_step = torch.compile(step, dynamic=False, mode='reduce-overhead')
+
+    def decode(token):
+        positions = cache.extend(1)
+        static_cache.position.fill_(positions.start)
+        return compiled_step(token[:, None])[:, -1]
+
+    return decode
 
 
 @torch.inference_mode()
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, suppress=(), seed=0,
-             compile=False, given=None):
-    """Continue the prompts idx (B, T), T at most block_size; yields the next token of each, (B,).
+             compile=False, forced_tokens=None):
+    """Continue the prompts idx (B, T), T at most block_size. Yields the next token of each prompt, (B,).
 
-    temperature 0 is greedy; top_k keeps the k likeliest tokens (0: all), top_p the smallest set of them whose
-    probability reaches p (Holtzman et al. 2019; 1: all); no token of `suppress` is drawn. given: (B, n), what
-    comes first in place of drawn tokens, -1 for none, so that a row's prompt may be longer than T.
-    `compile` compiles the step from a token to the next, on a GPU into a CUDA graph.
+    When the context is full, its last half is prefilled again.
+
+    temperature: below 1 prefers likely tokens; 0 always takes the likeliest.
+    top_k: sample from the k likeliest tokens; 0: from all.
+    top_p: sample from the smallest set of tokens whose probability reaches top_p; 1: from all.
+    suppress: token ids that are never sampled.
+    compile: compile the step from one token to the next.
+    forced_tokens: (B, n) tokens that replace the sampled ones of the first n steps, -1 for none. With them a
+        row can have a longer prompt than T tokens.
     """
-    block_size, device = model.config.block_size, idx.device
-    # on a CPU attention to 16-bit keys takes four times as long as to 32-bit ones
-    dtype = torch.float32 if device.type == 'cpu' else model.embedding.weight.dtype
+    block_size = model.config.block_size
+    device = idx.device
+    dtype = model.embedding.weight.dtype
+    if device.type == 'cpu':  # attention to 16-bit keys takes four times as long there
+        dtype = torch.float32
     cache = KVCache(model.config, idx.size(0), device, dtype)
-    if compile:
-        static = StaticCache(cache)
-        compiled_model = torch.compile(partial(model, cache=static), dynamic=False, mode='reduce-overhead')
+    decode = compile_decoding(model, cache) if compile else partial(decode_one_token, model, cache)
     generator = torch.Generator(device).manual_seed(seed)
-    suppress = torch.tensor(suppress, dtype=torch.long, device=device)
-    context = idx
-    with sdpa_kernel(KERNELS):
-        for step in range(max_new_tokens):
-            if cache.length + idx.size(1) > block_size:  # full: its last half is prefilled anew
-                idx, cache.length = context[:, -max(block_size // 2, 1):], 0
-            if compile and idx.size(1) == 1:
-                static.pos.fill_(cache.extend(1).start)
-                logits = compiled_model(idx)
-            else:  # prefill, or one token
-                logits = model(idx, cache=cache)
-            logits = logits[:, -1].float().index_fill_(-1, suppress, -math.inf)
-            token = sample_token(logits, temperature, top_k, top_p, generator)
-            if given is not None and step < given.size(-1):
-                token = torch.where(given[:, step] >= 0, given[:, step], token)
-            yield token
-            idx = token[:, None]
-            context = torch.cat((context, idx), dim=1)
+    suppressed = torch.tensor(suppress, dtype=torch.long, device=device)
 
+    context = idx
+    with sdpa_kernel(SDPA_BACKENDS):
+        logits = prefill(model, cache, idx)
+        for step in range(max_new_tokens):
+            logits = logits.float().index_fill(-1, suppressed, -math.inf)
+            token = sample_token(logits, temperature, top_k, top_p, generator)
+            if forced_tokens is not None and step < forced_tokens.size(1):
+                forced = forced_tokens[:, step]
+                token = torch.where(forced >= 0, forced, token)
+            yield token
+            if step == max_new_tokens - 1:
+                return
+            context = torch.cat((context, token[:, None]), dim=1)
+            if cache.length < block_size:
+                logits = decode(token)
+            else:
+                logits = prefill(model, cache, context[:, -max(block_size // 2, 1):])
+
+
+# sampling -----------------------------------------------------------------------
 
 def sample_token(logits, temperature, top_k, top_p, generator):
-    """Draw one token id a row from logits (B, V); returns (B,)."""
-    kept = None
-    if temperature > 0 and 0 < top_k < logits.size(-1):
-        logits, kept = logits.topk(top_k)
-    likeliest, token = logits.max(-1, keepdim=True)
-    if not likeliest.isfinite().all():
-        raise UserError("the model predicts no numbers: its weights are ruined, as by a run that diverged")
+    """Sample one token id per row of logits (B, V); returns (B,). Raises UserError if they are not finite."""
+    highest, likeliest = logits.max(-1, keepdim=True)
+    if not highest.isfinite().all():
+        raise UserError("the model's logits are not finite: did its training diverge?")
     if temperature == 0:
-        return token[:, 0]
-    probs = ((logits - likeliest) / temperature).softmax(-1)  # however small that is
+        return likeliest[:, 0]
+    ids = None  # the token ids of the columns of `probs`, if they are not 0, 1, 2, ...
+    if 0 < top_k < logits.size(-1):
+        logits, ids = logits.topk(top_k)
+    # with the maximum subtracted first, no quotient is +inf, however small the temperature
+    probs = ((logits - highest) / temperature).softmax(-1)
     if top_p < 1:
-        # all below (1 - top_p) / V together make up less than 1 - top_p: only the rest need sorting
-        likely = (probs * probs.size(-1) > 1 - top_p).sum(-1).max()
-        probs, order = probs.topk(max(likely.item(), 1))
-        kept = order if kept is None else kept.gather(-1, order)
-        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)  # what reaches top_p stays
-    if probs.device.type == 'cpu':  # multinomial draws a number for each id of the vocabulary; two will do
-        width = math.gcd(probs.size(-1), 256)
-        groups = probs.unflatten(-1, (-1, width))
-        group = sample_index(groups.sum(-1), generator)
-        chosen = group * width + sample_index(groups[torch.arange(len(groups)), group[:, 0]], generator)
-    else:
-        chosen = torch.multinomial(probs, 1, generator=generator)
-    return (chosen if kept is None else kept.gather(-1, chosen))[:, 0]
+        probs, order = keep_top_p(probs, top_p)
+        ids = order if ids is None else ids.gather(-1, order)
+    column = sample_index(probs, generator)
+    if ids is None:
+        return column[:, 0]
+    return ids.gather(-1, column)[:, 0]
 
 
-def sample_index(weights, generator):
-    """Draw an index a row in proportion to weights (B, n), none below 0; returns (B, 1)."""
-    sums = weights.cumsum(-1)
-    return torch.searchsorted(sums, sums[:, -1:] * (1 - torch.rand(len(sums), 1, generator=generator)))
+def keep_top_p(probs, top_p):
+    """Keep the smallest set of tokens whose probability reaches top_p (nucleus sampling, Holtzman 2019).
 
-
-# from prompts to whole stories --------------------------------------------------
-
-def generate_until(model, prompts, stop, max_new_tokens, min_new_tokens=0, **drawing):
-    """Continue prompts, lists of ids of any lengths, side by side, until each has written `stop`.
-
-    Yields, after each step, (rows, growing): the list of new ids of each, and the set of those that are not
-    whole. A `stop` that ends a row is not in it; one before min_new_tokens stays and ends nothing. A row of
-    max_new_tokens was cut. drawing: for `generate`.
+    probs: (B, V). Returns the likeliest candidates, sorted, and their columns in `probs`, (B, n) each. The
+    probability of a candidate that is not kept is 0.
     """
-    shortest, longest = min(map(len, prompts)), max(map(len, prompts))
-    prompt = torch.tensor([ids + [-1] * (longest - len(ids)) for ids in prompts],
-                          device=next(model.parameters()).device)
-    idx, given = prompt[:, :shortest], prompt[:, shortest:]
-    rows, growing = [[] for _ in prompts], {*range(len(prompts))}
-    steps = generate(model, idx, max_new_tokens + longest - shortest, given=given, **drawing)
+    # All tokens below (1 - top_p) / V together have less than 1 - top_p: only the others need sorting.
+    n_candidates = (probs * probs.size(-1) > 1 - top_p).sum(-1).max()
+    probs, order = probs.topk(max(n_candidates.item(), 1))
+    likelier = probs.cumsum(-1) - probs  # the probability of all tokens before this one
+    return probs.masked_fill(likelier >= top_p, 0.0), order
+
+
+def sample_index(probs, generator):
+    """Sample one column per row in proportion to probs (B, n); returns (B, 1)."""
+    if probs.device.type != 'cpu':
+        return torch.multinomial(probs, 1, generator=generator)
+    # On a CPU torch.multinomial draws a random number for each entry of the vocabulary. We need only two:
+    # one for a group of up to 256 columns, and one for a column in this group.
+    width = math.gcd(probs.size(-1), 256)
+    groups = probs.unflatten(-1, (-1, width))  # (B, n / width, width)
+    group = search_index(groups.sum(-1), generator)
+    rows = torch.arange(len(groups))
+    column = search_index(groups[rows, group[:, 0]], generator)
+    return group * width + column
+
+
+def search_index(weights, generator):
+    """Sample one column per row in proportion to weights (B, n) by a search in their sums; returns (B, 1)."""
+    sums = weights.cumsum(-1)
+    points = 1 - torch.rand(len(sums), 1, generator=generator)  # in (0, 1], so that no weight of 0 is hit
+    return torch.searchsorted(sums, sums[:, -1:] * points)
+
+
+# from prompts to stories --------------------------------------------------------
+
+def generate_until(model, prompts, stop, max_new_tokens, min_new_tokens=0, **sampling):
+    """Continue several prompts side by side, each until it writes the token `stop`.
+
+    prompts: lists of token ids, of any lengths.
+    max_new_tokens: a row of so many tokens ends without `stop`: it was cut.
+    min_new_tokens: a `stop` before so many tokens is kept and does not end the row.
+    sampling: further arguments of `generate`.
+
+    Yields (rows, unfinished) after each step. rows: the new tokens of each prompt so far, lists of ids
+    without the `stop` that ended them. unfinished: the indices of the rows that still grow, a set.
+    """
+    shortest = min(len(ids) for ids in prompts)
+    longest = max(len(ids) for ids in prompts)
+    device = next(model.parameters()).device
+    padded = torch.tensor([ids + [-1] * (longest - len(ids)) for ids in prompts], device=device)
+    # the model reads what all prompts have; the rest of the longer ones is forced, step by step
+    idx, forced_tokens = padded[:, :shortest], padded[:, shortest:]
+    n_steps = longest - shortest + max_new_tokens
+    earliest_stop = min(min_new_tokens, max_new_tokens - 1)
+
+    rows = [[] for _ in prompts]
+    unfinished = set(range(len(prompts)))
+    steps = generate(model, idx, n_steps, forced_tokens=forced_tokens, **sampling)
     for step, tokens in enumerate(steps):
         for i, token in enumerate(tokens.tolist()):
-            if i in growing and step >= len(prompts[i]) - shortest:
-                ended = token == stop and len(rows[i]) >= min(min_new_tokens, max_new_tokens - 1)
-                rows[i] += [] if ended else [token]
-                if ended or len(rows[i]) == max_new_tokens:
-                    growing.remove(i)
-        yield rows, growing
-        if not growing:
+            in_prompt = shortest + step < len(prompts[i])
+            if in_prompt or i not in unfinished:
+                continue
+            if token == stop and len(rows[i]) >= earliest_stop:
+                unfinished.remove(i)
+                continue
+            rows[i].append(token)
+            if len(rows[i]) == max_new_tokens:
+                unfinished.remove(i)
+        yield rows, unfinished
+        if not unfinished:
             return
 
 
-def stories_at_once(model):
-    """How many have their keys and values, in float32, in 1 GB of memory or 8 of a GPU's; on a CPU more than
-    128 bring nothing."""
-    c, on_cpu = model.config, next(model.parameters()).device.type == 'cpu'
-    size = 8 * c.n_layer * c.n_kv_head * c.head_dim * c.block_size
-    return max(min(2**30 // size, 128) if on_cpu else 2**33 // size, 1)
+def max_stories_at_once(model):
+    """Return how many stories are written side by side: keys and values in float32 take at most 1 GB of a
+    computer's memory, 8 GB of a GPU's."""
+    config = model.config
+    bytes_per_story = 2 * 4 * config.n_layer * config.n_kv_head * config.head_dim * config.block_size
+    if next(model.parameters()).device.type == 'cpu':
+        at_once = min(2**30 // bytes_per_story, 128)  # more are not faster on a CPU
+    else:
+        at_once = 2**33 // bytes_per_story
+    return max(at_once, 1)
 
 
-def generate_stories(model, prompts, stop, max_new_tokens, seed, name='writing', **drawing):
-    """Continue any number of prompts, as many side by side as there is room for. Yields the new ids of each,
-    in their order, once they and those before them are whole. name: of the bar. drawing: as `continued`."""
-    at_once, seeds = stories_at_once(model), Random(seed)
-    for first in range(0, len(prompts), at_once):
-        steps = generate_until(model, prompts[first:first + at_once], stop, max_new_tokens,
-                          seed=seeds.getrandbits(63) if first else seed, **drawing)
-        shown = 0
-        for rows, growing in tqdm(steps, f'{name}, from {first + 1:,} of {len(prompts):,}', max_new_tokens,
-                                  leave=False, disable=None, unit=' tokens'):
-            while shown < len(rows) and shown not in growing:
-                yield rows[shown]
-                shown += 1
+def generate_stories(model, prompts, stop, max_new_tokens, seed, name='writing', **sampling):
+    """Continue any number of prompts (lists of token ids), in batches that fit into memory.
+
+    Yields the new token ids of each prompt, in the order of the prompts, as soon as it and all before it are
+    finished. name: shown by the progress bar. sampling: further arguments of `generate_until`.
+    """
+    batch_size = max_stories_at_once(model)
+    seeds = Random(seed)
+    for first in range(0, len(prompts), batch_size):
+        batch_seed = seed if first == 0 else seeds.getrandbits(63)
+        batch = prompts[first:first + batch_size]
+        steps = generate_until(model, batch, stop, max_new_tokens, seed=batch_seed, **sampling)
+        description = f'{name}, from {first + 1:,} of {len(prompts):,}'
+        bar = tqdm(steps, description, max_new_tokens, unit=' tokens', leave=False, disable=None)
+        n_yielded = 0
+        for rows, unfinished in bar:
+            while n_yielded < len(rows) and n_yielded not in unfinished:
+                yield rows[n_yielded]
+                n_yielded += 1
 
 
-def opening(split, tokenizer, longest):
-    """How the first story of a split begins: its first four words as ids, a list of at most `longest`."""
-    special = tokenizer.delimiter, tokenizer.blank, tokenizer.middle
+def sample_story(model, tokenizer, seed, prompt=(), should_stop=None):
+    """Write one story that begins with the token ids `prompt`, and return its text.
+
+    should_stop: called after each token; once it returns true, the story is cut short.
+    """
+    prompt = list(prompt)
+    steps = generate_until(
+        model, [[tokenizer.delimiter, *prompt]], tokenizer.delimiter, model.config.block_size,
+        temperature=0.8, suppress=(tokenizer.blank, tokenizer.middle), seed=seed)
+    for rows, unfinished in steps:
+        if not unfinished or (should_stop is not None and should_stop()):
+            return infill.decode(tokenizer, prompt + rows[0])
+
+
+def first_words(text, tokenizer, max_tokens):
+    """Return the first four words of a text as at most `max_tokens` token ids."""
+    words = text.split(' ')[:4]
+    return tokenizer.encode(' '.join(words))[:max_tokens]
+
+
+def first_story_words(split, tokenizer, max_tokens):
+    """Return the first four words of a split's first story as at most `max_tokens` token ids."""
     ids = split.read(0, 200).tolist()
-    ids = itertools.takewhile(lambda token: token not in special, ids[ids[0] == tokenizer.delimiter:])
-    return first_words(tokenizer.decode([*ids]), tokenizer, longest)
-
-
-def first_words(text, tokenizer, longest):
-    """Its first four words as ids, a list of at most `longest`."""
-    return tokenizer.encode(' '.join(text.split(' ')[:4]))[:longest]
-
-
-def sample_story(model, tokenizer, seed, prompt=(), stopped=lambda: False):
-    """A story that begins with the ids `prompt`, for a person to see; cut short once stopped() is true."""
-    steps = generate_until(model, [[tokenizer.delimiter, *prompt]], tokenizer.delimiter,
-                           model.config.block_size, temperature=0.8,
-                           suppress=(tokenizer.blank, tokenizer.middle), seed=seed)
-    for (story,), growing in steps:
-        if not growing or stopped():
-            return infill.decode(tokenizer, [*prompt, *story])
+    if ids[0] == tokenizer.delimiter:
+        ids = ids[1:]
+    special = (tokenizer.delimiter, tokenizer.blank, tokenizer.middle)
+    story = []
+    for token in ids:
+        if token in special:
+            break
+        story.append(token)
+    return first_words(tokenizer.decode(story), tokenizer, max_tokens)

@@ -19,7 +19,7 @@ from torch.nn.attention import sdpa_kernel
 
 from configurator import SettingError, UserError
 from core.device import autocast
-from core.generate import KERNELS
+from core.generate import SDPA_BACKENDS
 from data.tokenizer import CharTokenizer
 from formats.gguf import GGUF
 from formats.llama2c import Llama2c
@@ -138,7 +138,7 @@ def nanogpt_writes(peer, sizes, n_tokens, device):
     model = peer_model(peer, **sizes).eval().to(device)
     prompt = torch.ones(1, 1, dtype=torch.long, device=device)
     ptdtype = torch.bfloat16 if device.type == 'cuda' else torch.float32
-    with autocast(device, ptdtype), sdpa_kernel(KERNELS):
+    with autocast(device, ptdtype), sdpa_kernel(SDPA_BACKENDS):
         return n_tokens / seconds_of(lambda: model.generate(prompt, n_tokens, 0.8, 200).tolist())
 
 
