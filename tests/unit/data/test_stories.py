@@ -9,7 +9,7 @@ import datasets
 import pytest
 
 from configurator import UserError
-from data import stories
+from data import stories, workers
 from data.stories import group_by_split, map_stories
 
 linux_only = pytest.mark.skipif(sys.platform != 'linux', reason='processes are forked on Linux only')
@@ -44,7 +44,7 @@ def note_process(batch, folder):
 @pytest.mark.parametrize('victim', ['slow', 'fast'], ids=['busy', 'idle'])
 def test_map_stories_reports_a_killed_worker(tmp_path, monkeypatch, victim):
     monkeypatch.setattr(stories, 'SMALL', 0)
-    monkeypatch.setattr(stories, 'STUCK_SECONDS', 1)
+    monkeypatch.setattr(workers, 'STUCK_SECONDS', 1)
 
     def kill():
         while not all((tmp_path / name).exists() for name in ('slow', 'fast')):
