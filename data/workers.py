@@ -31,7 +31,12 @@ class Workers:
     On Linux, all processes that are started in it end when this process ends.
     """
 
-    active = None  # the Workers whose context this is
+    active = None  # the Workers whose context this is, or was when it failed: it may still start processes
+
+    def __init__(self):
+        self.pid = os.getpid()
+        self.is_forking = False
+        self.is_interrupted = False
 
     def __enter__(self):
         if sys.platform == 'win32':
@@ -41,9 +46,6 @@ class Workers:
 
             multiprocess.set_start_method('fork', force=True)  # which is not the default of Python 3.14
             register_fork_hooks()
-        self.pid = os.getpid()
-        self.is_forking = False
-        self.is_interrupted = False
         self.handlers = {
             signal.SIGINT: signal.signal(signal.SIGINT, self.on_interrupt),
             signal.SIGCHLD: signal.signal(signal.SIGCHLD, self.on_child_end),
@@ -53,12 +55,15 @@ class Workers:
 
     def __exit__(self, kind, error, traceback):
         if sys.platform != 'win32':
-            Workers.active = None
             signal.setitimer(signal.ITIMER_REAL, 0)
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
-            if self.is_interrupted:  # whatever the library made of it
-                raise KeyboardInterrupt from None
+        if error is None:
+            Workers.active = None
+        else:
+            end_children()
+        if self.is_interrupted:  # the library turns it into a TimeoutError
+            raise KeyboardInterrupt from None
         if was_killed(error):
             raise UserError(WORKER_KILLED) from error
 
@@ -81,6 +86,14 @@ class Workers:
             raise KeyboardInterrupt
         else:
             raise UserError(WORKER_KILLED)
+
+
+def end_children():
+    """Kill the library's processes, or Python waits for them at exit if the clean-up was cut short."""
+    import multiprocess
+
+    for process in multiprocess.active_children():
+        process.kill()
 
 
 def was_killed(error):
@@ -113,5 +126,7 @@ def register_fork_hooks():
             signal.signal(signal.SIGINT, signal.SIG_IGN)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != Workers.active.pid:  # it has ended before that
+                os._exit(1)
 
     os.register_at_fork(before=before, after_in_parent=after_in_parent, after_in_child=after_in_child)

@@ -230,7 +230,8 @@ def test_broken_tokenizer_file_is_refused(encoding, data, message, capfd):
 
 @pytest.mark.parametrize('state', [
     None, {}, [], {'encoding': 'x', 'files': {}}, {'encoding': [], 'files': {}},
-    {'encoding': 'bpe', 'files': {}}, {'encoding': 'bpe', 'files': None}, {'encoding': 'char', 'files': {'tokenizer.json': '[" "]'}}])
+    {'encoding': 'bpe', 'files': {}}, {'encoding': 'bpe', 'files': None},
+    {'encoding': 'char', 'files': {'tokenizer.json': '[" "]'}}])
 def test_broken_state_is_refused(state):
     with pytest.raises(UserError, match='the tokenizer of the checkpoint is damaged'):
         tokenizer_from_state(state)
