@@ -39,7 +39,7 @@ from core.distributed import (
     wait_for_ranks,
 )
 from core.evaluate import Evaluator, count_loss, evaluate, find_infill_rows
-from core.generate import opening, sample_story
+from core.generate import first_story_words, sample_story
 from core.kernels import use_fast_cpu_kernels
 from core.optim import clip_and_step, make_optimizers, set_learning_rate
 from core.progress import check_tracker, make_progress
@@ -288,7 +288,7 @@ def main():
     stop = StopSignals()
     evaluator = Evaluator(score, block_size, batch_size, torch_device, ranks, stop.requested)
     infill_rows = find_infill_rows(val_split, block_size)
-    prompt = opening(val_split, tokenizer, block_size // 2)  # of the sampled stories
+    prompt = first_story_words(val_split, tokenizer, block_size // 2)  # of the sampled stories
 
     # from here on the folder holds this run
     if is_master:
