@@ -1,8 +1,8 @@
 """Mistakes of users, script by script: each ends in its exit status and one line, and writes nothing.
 
 The line must name what is wrong and what to type instead. Only names, numbers and paths are looked for, so
-that messages can be reworded. Damaged checkpoints are in tests/unit/core/test_checkpoint.py and tests/hostile,
-models that an export format cannot represent in tests/scripts/test_export.py.
+that messages can be reworded. For damaged checkpoints see tests/unit/core/test_checkpoint.py and
+tests/hostile; for models that an export format cannot represent, tests/scripts/test_export.py.
 """
 
 import os
@@ -24,6 +24,7 @@ TRAIN = 'train.py'
 SAMPLE = 'sample.py'
 EXPORT = 'export.py'
 PREPARE = 'data/tiny_stories/prepare.py'
+TOKEN_FILES = 'data/token_files/prepare.py'
 REPORT = 'tools/report.py'
 BENCH = 'tools/bench.py'
 USUAL_FLAGS = {
@@ -31,6 +32,7 @@ USUAL_FLAGS = {
     SAMPLE: ['--out_dir=out', '--device=cpu'],
     EXPORT: ['--out_dir=out', '--format=gguf', '--path=new.gguf'],
     PREPARE: ['--source=s.txt', '--out_dir=new', '--offline'],
+    TOKEN_FILES: ['--source=s', '--out_dir=new', '--tokenizer=data', '--offline'],
     REPORT: ['--out_dir=out', '--device=cpu'],
     BENCH: ['--what=train'],
 }
@@ -93,6 +95,8 @@ WRONG_VALUES = {
     EXPORT: 'format=onnx ckpt=old dtype=int4 path=',
     PREPARE: 'encoding_type=word data_percentage=0 data_percentage=101 val_percentage=0 val_percentage=100 '
              'infill_rate=-1 infill_rate=2 num_proc=-1 seed=-1',
+    TOKEN_FILES: 'encoding_type=word data_percentage=0 data_percentage=101 val_percentage=0 '
+                 'val_percentage=100',
     REPORT: 'ckpt=old num_samples=1 max_new_tokens=0 temperature=-1 top_p=0 seed=-1 dtype=int8 eval_iters=-1',
     BENCH: 'what=speed shape=7B repeats=0 batch_size=0 steps=0',
 }
@@ -172,6 +176,16 @@ MISTAKES += [
     (PREPARE, '--encoding_type gpt2', 1, '--tokenizer'),
     (PREPARE, '--out_dir file', 1, 'file --out_dir', file('file')),
 
+    (TOKEN_FILES, '--source=', 2, '--source'),
+    (TOKEN_FILES, '--source nowhere', 1, 'nowhere .bin'),
+    (TOKEN_FILES, '--source empty', 1, 'empty .bin', empty_folder),
+    (TOKEN_FILES, '--tokenizer=', 2, '--tokenizer --encoding_type gpt2', file('s/train.bin', b'\3\0' * 9)),
+    (TOKEN_FILES, '--tokenizer nowhere', 1, 'nowhere', file('s/train.bin', b'\3\0' * 9)),
+    (TOKEN_FILES, '--encoding_type gpt2', 2, 'data char gpt2', file('s/train.bin', b'\3\0' * 9)),
+    (TOKEN_FILES, '', 1, 's/train.bin 19', file('s/train.bin', b'\3\0' * 9 + b'\3')),
+    (TOKEN_FILES, '', 1, 's/train.bin 65535 data', file('s/train.bin', b'\xff\xff' * 9)),
+    (TOKEN_FILES, '', 1, 's/val.bin', file('s/train.bin', b'\3\0' * 9), file('s/val.bin')),
+
     (REPORT, '', 1, 'out/best.pt --out_dir'),
     (REPORT, '--out_dir ,', 2, '--out_dir'),
     (REPORT, '--path nowhere/x.html', 2, 'nowhere/x.html', run_folder()),
@@ -191,7 +205,8 @@ def all_files():
 
 
 @pytest.mark.parametrize(('script', 'flags', 'status', 'mentions', 'makers'),
-                         [(*row[:4], row[4:]) for row in MISTAKES])
+                         [(*row[:4], row[4:]) for row in MISTAKES],
+                         ids=[f'{row[0]} {row[1]}' for row in MISTAKES])
 def test_script_reports_a_mistake_in_one_line(
         tmp_path, monkeypatch, capfd, script, flags, status, mentions, makers):
     monkeypatch.chdir(tmp_path)
