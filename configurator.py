@@ -1,7 +1,14 @@
-"""Settings of a script: its public module globals, overridden by config files and `--key value` flags.
+"""The settings of a script, and how a script reports a mistake.
 
-A script declares each at its top level, on one line with the comment that `--help` prints, as in
-`max_iters = 2000  # steps of training`, and ends in `configure(globals())` and `run(main)`.
+The settings are the script's public global variables, each declared at its top level on one line, with the
+comment that `--help` prints:
+
+    max_iters = 2000  # number of training steps
+
+The script ends in
+
+    configure(globals())  # config files and `--key value` flags override the globals
+    run(main)             # a user's mistake is one line on stderr, a bug keeps its traceback
 """
 
 import ast
@@ -22,14 +29,202 @@ import traceback
 import warnings
 from pathlib import Path
 
-KINDS = {bool: 'True or False', int: 'an int', float: 'a finite number', str: 'a str'}
-ENDINGS = ('.py', '.json')
 ROOT = Path(__file__).resolve().parent
-OUR_PACKAGES = 'core', 'data', 'formats', 'tools', 'model', 'configurator'
+
+
+# settings ------------------------------------------------------------------------
+
+KINDS = {bool: 'True or False', int: 'an int', float: 'a finite number', str: 'a str'}
+CONFIG_SUFFIXES = ('.py', '.json')
+COMMAND_LINE = 'on the command line'
+
+# What other projects call our settings
+OTHER_NAMES = {
+    'num_epochs': 'max_epochs', 'epochs': 'max_epochs', 'lr': 'learning_rate', 'embed_dim': 'n_embd',
+    'dim': 'n_embd', 'num_layers': 'n_layer', 'n_layers': 'n_layer', 'num_heads': 'n_head',
+    'n_heads': 'n_head', 'max_seq_len': 'block_size', 'max_tokens': 'max_new_tokens',
+    'data_dir': 'dataset', 'model_dir': 'out_dir', 'offline_mode': 'offline', 'prompt': 'start'}
+
+
+def configure(settings_globals, argv=None, base=None):
+    """Override a script's settings in place with the config files and flags of its command line.
+
+    settings_globals: the script's `globals()`.
+    argv: the words of the command line; None: those in sys.argv.
+    base: a function that is given the settings {name: value} and returns those of the checkpoint to resume
+        from, or {}. Checkpoint settings override the defaults, and config files and flags override both.
+
+    A mistake ends the script as in `run` and leaves the globals unchanged.
+    """
+    words = sys.argv[1:] if argv is None else list(argv)
+    if '-h' in words or '--help' in words:
+        run(functools.partial(print_help, settings_globals))
+        raise SystemExit(0)
+
+    def override():
+        settings_globals.update(overridden(settings(settings_globals), words, base))
+
+    run(override)
+
+
+def overridden(defaults, words, base):
+    """Return the settings {name: value} after checkpoint, config files and flags; see `configure`."""
+    files, flags = parse(words, defaults)
+    current = apply_files_and_flags(defaults, files, flags)
+    if base is None:
+        return current
+    # Files and flags say where the checkpoint is. Then the files run again, on top of its settings.
+    saved = base(dict(current))
+    if not saved:
+        return current
+    saved = {name: value for name, value in saved.items() if name in defaults}
+    saved = checked(saved, defaults, 'in the checkpoint')
+    return apply_files_and_flags(defaults | saved, files, flags)
+
+
+def apply_files_and_flags(current, files, flags):
+    """Return the settings `current`, overridden by config files in the order given, then by flags."""
+    for path in files:
+        current = current | read_config(path, current)
+    return current | flags
+
+
+def settings(settings_globals):
+    """Return a script's current settings, {name: value}: its public globals of type bool, int, float or str.
+
+    Names that the script has only imported are not settings.
+    """
+    result = {}
+    for name in declarations(settings_globals['__file__']):
+        if type(settings_globals.get(name)) in KINDS:
+            result[name] = settings_globals[name]
+    return result
+
+
+@functools.cache  # a script that is edited while it runs must not change what its checkpoints contain
+def declarations(path):
+    """Return {name: the comment on its line} of the public names that a script assigns at its top level."""
+    source = Path(path).read_text(encoding='utf-8')
+    return dict(re.findall(r'^([A-Za-z]\w*)(?:: \w+)? = .*?(?:  # (.*))?$', source, re.M))
+
+
+# the command line
+
+def parse(words, defaults):
+    """Parse a command line into (paths of config files, {name: value} of the flags).
+
+    Example: ['config/x', '--seed', '5', '--compile'] -> (['config/x.py'], {'seed': 5, 'compile': True})
+
+    defaults: the settings {name: value}, which say what names and types there are. Raises SettingError.
+    """
+    known = defaults | {'config_file': ''}
+    words = list(words)
+    files = []
+    flags = {}
+    while words:
+        word = words.pop(0)
+        if not word.startswith('-'):
+            files.append(find_config(word))
+            continue
+        key, equals, text = word.removeprefix('--').partition('=')
+        check_name(key, known, COMMAND_LINE)
+        if not equals:
+            text = take_value(key, type(known[key]), words)
+        if key == 'config_file':
+            files.append(find_config(text))
+        elif key in flags:
+            raise SettingError(f'--{key} is given twice {COMMAND_LINE}')
+        else:
+            value = text if type(known[key]) is str else parse_literal(text)
+            flags[key] = converted(key, value, type(known[key]), COMMAND_LINE)
+    return files, flags
+
+
+def take_value(key, kind, words):
+    """Remove the value of the flag `--key` from the front of `words`, and return it.
+
+    A bool may have no value: then return 'True'. Raises SettingError if another flag has none.
+    """
+    following = words[0] if words else ''
+    # 'true' and '0' are values too, wrong ones: they are better refused as such than as names of config files
+    if kind is bool and not re.fullmatch('true|false|[01]', following, re.IGNORECASE):
+        return 'True'
+    if not words or re.match('--[A-Za-z]', following):
+        raise SettingError(f'--{key} needs a value (if the value starts with --, type --{key}=--...)')
+    return words.pop(0)
+
+
+def parse_literal(text):
+    """Return the Python value that `text` spells, such as 5 for '5', or `text` itself if it spells none."""
+    with contextlib.suppress(Exception), warnings.catch_warnings(action='ignore'):
+        return ast.literal_eval(text)
+    return text
+
+
+# checks
+
+def checked(values, known, where):
+    """Return the settings `values`, converted to the types of the settings `known`.
+
+    Raises SettingError, which says `where`, if a name is unknown or a value has another type.
+    """
+    result = {}
+    for key, value in values.items():
+        check_name(key, known, where)
+        result[key] = converted(key, value, type(known[key]), where)
+    return result
+
+
+def check_name(key, known, where):
+    """Raise SettingError if `key` is not one of the names `known`."""
+    if key not in known:
+        raise SettingError(f'unknown setting {key!r} {where}{did_you_mean(key, known)} (--help lists all)')
+
+
+def converted(key, value, kind, where):
+    """Return `value` as a bool, int, float or str, whichever `kind` is. Raises SettingError if it is not one.
+
+    An int is accepted for a float. A bool is not a number, and neither are nan and inf.
+    """
+    fits = isinstance(value, (int, float) if kind is float else kind)
+    if isinstance(value, bool) != (kind is bool):
+        fits = False
+    if fits and kind is float and not abs(value) <= sys.float_info.max:
+        fits = False
+    if not fits:
+        raise SettingError(f'{key!r} {where} must be {KINDS[kind]}, not {reprlib.repr(value)}')
+    if kind is str:
+        if re.search('[\0\ud800-\udfff]', value):
+            raise SettingError(f'{key!r} {where} contains a NUL or an invalid character: {value!a}')
+        value = expand_home(value)
+    return kind(value)  # the plain type, if `value` is of a subclass such as numpy's float64
+
+
+def expand_home(text):
+    """Expand `~/` at the start of a path or of several separated by commas.
+
+    A shell does that only at the start of a word, so not for `--key=~/a` or `~/a,~/b`.
+    """
+    parts = text.split(',')
+    for i, part in enumerate(parts):
+        if part.startswith('~/'):
+            parts[i] = os.path.expanduser(part)
+    return ','.join(parts)
+
+
+def did_you_mean(name, names):
+    """Return a suggestion for an unknown name, '; did you mean ...?', or '' if no name is similar."""
+    meant = OTHER_NAMES.get(name)
+    if meant in names:
+        return f'; did you mean {meant!r}?'
+    if meant:
+        return f'; another script has {meant!r}'
+    matches = difflib.get_close_matches(name, names, n=1)
+    return f'; did you mean {matches[0]!r}?' if matches else ''
 
 
 def in_range(above=-math.inf, at_least=-math.inf, below=math.inf, at_most=math.inf, **values):
-    """Raises SettingError where one of the values, each given by its setting's name, is out of range."""
+    """Raise SettingError if one of the values, passed as name=value, is out of range."""
     limits = {'above': above, 'at least': at_least, 'below': below, 'at most': at_most}
     wanted = ' and '.join(f'{word} {limit}' for word, limit in limits.items() if math.isfinite(limit))
     for name, value in values.items():
@@ -38,161 +233,95 @@ def in_range(above=-math.inf, at_least=-math.inf, below=math.inf, at_most=math.i
 
 
 def one_of(choices, **values):
-    """Raises SettingError where one of the values, each given by its setting's name, is no choice."""
+    """Raise SettingError if one of the values, passed as name=value, is not among the choices."""
     for name, value in values.items():
         if value not in choices:
-            raise SettingError(f"{name} is {value!r}; type --{name} and one of {', '.join(choices)}")
+            raise SettingError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
 
 
-def configure(settings_globals, argv=None, base=None):
-    """Override a script's settings, in place, by the config files and flags of `argv` or the command line.
-
-    Precedence: defaults, `base`, config files in their order, flags. base({name: value}) gets the settings
-    without it, which say where a checkpoint to resume is, and returns the checkpoint's; the files then run
-    again. A mistake ends the script as in `run` and leaves the globals as they were.
-    """
-    def override():
-        words, defaults = sys.argv[1:] if argv is None else list(argv), settings(settings_globals)
-        if {'-h', '--help'} & {*words}:
-            print_help(settings_globals)
-            raise SystemExit(0)
-        files, flags = parse(words, defaults)
-
-        def overridden(current):
-            for path in files:
-                current = current | read_config(path, current)
-            return current | flags
-
-        current = overridden(defaults)
-        if base and (saved := base(dict(current))):
-            known = {key: value for key, value in saved.items() if key in defaults}
-            current = overridden(defaults | checked(known, defaults, 'in the checkpoint'))
-        settings_globals.update(current)
-
-    run(override)
-
-
-def settings(settings_globals):
-    """A script's current settings, {name: value}: its own public globals of type bool, int, float or str."""
-    names = declarations(settings_globals['__file__'])
-    return {name: settings_globals[name] for name in names if type(settings_globals.get(name)) in KINDS}
-
-
-@functools.cache  # a script edited while it runs must not change which settings its checkpoints hold
-def declarations(path):
-    """{name: comment on its line} of the public names that a script assigns at its top level."""
-    source = Path(path).read_text(encoding='utf-8')
-    return dict(re.findall(r'^([A-Za-z]\w*)(?:: \w+)? = .*?(?:  # (.*))?$', source, re.M))
-
-
-def parse(words, defaults):
-    """The command line as ([path of a config file], {key: value of its flag})."""
-    where, files, flags, known = 'on the command line', [], {}, defaults | {'config_file': ''}
-    while words:
-        word = words.pop(0)
-        word = word if word.startswith('-') else f'--config_file={word}'
-        key, equals, value = word.removeprefix('--').partition('=')
-        checked({key: known.get(key)}, known, where)  # refuses an unknown one
-        # true, 0 and the like are taken only to be refused as values, not as names of config files
-        bare = type(known[key]) is bool and not re.match('(?i)(true|false|[01])$', ' '.join(words[:1]))
-        if not equals and not bare and (not words or re.match('--[A-Za-z]', words[0])):
-            raise SettingError(f'--{key} needs a value (for one that starts with --, type --{key}=--...)')
-        if not equals:
-            value = 'True' if bare else words.pop(0)
-        if key == 'config_file':
-            files.append(find_config(value))
-            continue
-        if type(known[key]) is not str:
-            with contextlib.suppress(Exception):  # what is no literal stays text, and so of the wrong type
-                value = ast.literal_eval(value)
-        if key in flags:
-            raise SettingError(f'--{key} is given twice {where}: which one is meant?')
-        flags |= checked({key: value}, known, where)
-    return files, flags
-
-
-def checked(values, known, where):
-    """`values` in the types of the `known` ones. Raises SettingError for a name or a type that is not theirs.
-    An int does for a float; a bool is no number; nan and inf are mistakes."""
-    plain = {}
-    for key, value in values.items():
-        if key not in known:
-            raise SettingError(f'unknown setting {key!r} {where}{nearest(key, known)} (--help lists all)')
-        kind = type(known[key])
-        fits = isinstance(value, (int, float) if kind is float else kind)
-        fits = fits and isinstance(value, bool) == (kind is bool)
-        if not fits or (kind is float and not abs(value) <= sys.float_info.max):
-            raise SettingError(f'{key!r} {where} must be {KINDS[kind]}, not {reprlib.repr(value)}')
-        if kind is str and re.search('[\0\ud800-\udfff]', value):
-            raise SettingError(f'{key!r} {where} is {value!a}, which no text and no path can be')
-        if kind is str:  # of several paths, or of --key=value, a shell has not seen all
-            parts = value.split(',')
-            value = ','.join(os.path.expanduser(part) if part[:2] == '~/' else part for part in parts)
-        plain[key] = kind(value)  # where it was, say, numpy's float64
-    return plain
-
-
-# What other projects call what we have
-OTHER_WORDS = {
-    'num_epochs': 'max_epochs', 'epochs': 'max_epochs', 'lr': 'learning_rate', 'embed_dim': 'n_embd',
-    'dim': 'n_embd', 'num_layers': 'n_layer', 'n_layers': 'n_layer', 'num_heads': 'n_head',
-    'n_heads': 'n_head', 'max_seq_len': 'block_size', 'max_tokens': 'max_new_tokens',
-    'data_dir': 'dataset', 'model_dir': 'out_dir', 'offline_mode': 'offline', 'prompt': 'start'}
-
-
-def nearest(name, names):
-    if meant := OTHER_WORDS.get(name):
-        return f'; did you mean {meant!r}?' if meant in names else f'; another script has {meant!r}'
-    return ''.join(f'; did you mean {match!r}?' for match in difflib.get_close_matches(name, names, 1))
-
+# config files
 
 def find_config(path):
-    """The file meant by `path`, which may leave out its ending."""
+    """Return the path of the config file meant by `path`, which may leave out .py or .json.
+
+    Raises SettingError if there is none.
+    """
     for candidate in path, f'{path}.py', f'{path}.json':
-        if candidate.endswith(ENDINGS) and os.path.exists(candidate):
+        if candidate.endswith(CONFIG_SUFFIXES) and os.path.exists(candidate):
             return candidate
-    there = [os.path.join(os.path.dirname(path), other.name) for other in Path(path).parent.glob('*')]
-    close = nearest(path, [other for other in there if other.endswith(ENDINGS)])
-    raise SettingError(f'no config file {path!r} (.py or .json){close}')
+    folder = os.path.dirname(path)
+    configs = [os.path.join(folder, file.name) for file in Path(path).parent.glob('*')
+               if file.suffix in CONFIG_SUFFIXES]
+    raise SettingError(f'no config file {path!r} (.py or .json){did_you_mean(path, configs)}')
 
 
 def read_config(path, current):
-    """The settings that a config file gives, {name: value}, when those so far are `current`."""
+    """Return the settings {name: value} that a config file sets.
+
+    current: the settings so far. A Python config sees them as names, so it can compute.
+    Raises SettingError, with the number of the line if possible, if the file is broken.
+    """
     try:
         source = Path(path).read_bytes()
         values = run_python(path, source, current) if path.endswith('.py') else json.loads(source)
     except Exception as error:  # a Python config may raise anything
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        line = getattr((frames or [error])[-1], 'lineno', None)  # a SyntaxError of its own has no frame
+        line = line_number(path, error)
+        place = f'{path}, line {line}' if line else path
         reason = traceback.format_exception_only(error)[-1].strip()
-        raise SettingError(f'{path}{f", line {line}" if line else ""}: {reason}') from None
+        raise SettingError(f'{place}: {reason}') from error
     if not isinstance(values, dict):
-        raise SettingError(f'{path} must hold an object, {{"name": value, ...}}, not {reprlib.repr(values)}')
+        shown = reprlib.repr(values)
+        raise SettingError(f'{path} must contain an object, {{"name": value, ...}}, not {shown}')
     return checked(values, current, f'in {path}')
 
 
 def run_python(path, source, current):
-    """A Python config is code: it runs with the rights of whoever starts the script."""
-    tree, namespace = ast.parse(source, path), {**current, '__name__': 'config', '__file__': path}
+    """Run a Python config and return the settings {name: value} that it sets.
+
+    A config may import, define functions and assign `_names`. Any other name that it assigns must be that of
+    a setting, which the caller checks. It is code and runs with the rights of whoever starts the script.
+    """
+    tree = ast.parse(source, path)
+    namespace = {**current, '__name__': 'config', '__file__': path}
     exec(compile(tree, path, 'exec'), namespace)
-    # what a config imports or defines is its own affair: only what it assigns in public must be a setting
-    names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
-    stored = {node.id for node in names if isinstance(node.ctx, ast.Store) and node.id[0] != '_'}
-    return {name: value for name, value in namespace.items()
-            if name in current or (name in stored and not callable(value))}
+
+    assigned = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and not node.id.startswith('_'):
+            assigned.add(node.id)
+    values = {}
+    for name, value in namespace.items():
+        if name in current or (name in assigned and not callable(value)):
+            values[name] = value
+    return values
+
+
+def line_number(path, error):
+    """Return the number of the line of the config file at `path` that raised `error`, or None."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    if lines:
+        return lines[-1]  # the innermost call
+    return getattr(error, 'lineno', None)  # a SyntaxError or a JSONDecodeError: no line has run
 
 
 def print_help(settings_globals):
-    print((settings_globals.get('__doc__') or '').strip() + '\n')
+    """Print a script's docstring and each of its settings with type, default and comment."""
+    docstring = settings_globals.get('__doc__') or ''
     script = shlex.quote(sys.argv[0])
-    print(f'usage: python {script} [config file, .py or .json ...] [--key value ...]\n\nsettings:')
-    defaults, comments = settings(settings_globals), declarations(settings_globals['__file__'])
-    for key, value in defaults.items():
+    print(docstring.strip())
+    print()
+    print(f'usage: python {script} [config file, .py or .json ...] [--key value ...]')
+    print()
+    print('settings:')
+    defaults = settings(settings_globals)
+    comments = declarations(settings_globals['__file__'])
+    width = max(len(name) for name in defaults)
+    for name, value in defaults.items():
         default = f'{type(value).__name__} = {value!r}'
-        print(f'  --{key:{max(map(len, defaults))}}  {default:24}  {comments[key]}'.rstrip())
+        print(f'  --{name:{width}}  {default:24}  {comments[name]}'.rstrip())
 
 
-# mistakes of users -------------------------------------------------------------
+# mistakes of users -----------------------------------------------------------------
 
 class UserError(Exception):
     """A user's mistake. `run` prints it as one line on stderr and exits with `status`."""
@@ -207,64 +336,61 @@ class SettingError(UserError):
 def run(main, less_memory=''):
     """Call `main()`. A user's mistake, an I/O error or Ctrl-C ends in one line and an exit status.
 
-    A bug keeps its traceback. TRACEBACK=1 in the environment shows that of any error.
+    A bug keeps its traceback. TRACEBACK=1 in the environment shows the traceback of any error.
     less_memory: advice to add if memory runs out.
     """
     set_up_streams()
-    message = ''
     try:
         main()
-        sys.stdout.flush()  # a full disk or a closed pipe shows here at the latest
-        return
-    except KeyboardInterrupt:
-        status = 130
-    except BrokenPipeError:  # as in `python sample.py | head`
-        status = 141
-    except UserError as error:
-        status = error.status
-        message = str(error)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split('.')[0] in OUR_PACKAGES:
-            raise  # not an optional package: a wrong import of ours
-        status = 1
-        message = f'this needs a package: pip install {error.name}'
-    except OSError as error:
-        status = 1
-        message = error.strerror or str(error)
-        if error.filename:
-            message = f'{error.filename}: {message}'
-    except Exception as error:
-        if not out_of_memory(error):
+        print(end='', flush=True)  # a full disk or a closed pipe shows here at the latest
+    except (Exception, KeyboardInterrupt) as error:
+        ending = status_and_message(error, less_memory)
+        if ending is None:
             raise
-        status = 1
-        message = 'out of memory'
-        if less_memory:
-            message += f': {less_memory}'
-    if os.environ.get('TRACEBACK'):
-        traceback.print_exc()
-    drop_unwritable_output()
+        if os.environ.get('TRACEBACK'):
+            traceback.print_exc()
+    else:
+        return
+    status, message = ending
+    drop_unwritable_output(sys.stdout)
     if message:
         print_message(message)
     raise SystemExit(status)
 
 
+def status_and_message(error, less_memory):
+    """Return the exit status and the line to print for an error, or None if it is a bug."""
+    if isinstance(error, UserError):
+        return error.status, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, ''
+    if isinstance(error, BrokenPipeError):  # as in `python sample.py | head`
+        return 141, ''
+    if isinstance(error, ModuleNotFoundError) and error.name and not is_our_module(error.name):
+        return 1, f'this needs a package: pip install {error.name}'
+    if isinstance(error, OSError):
+        reason = error.strerror or str(error)
+        return 1, f'{error.filename}: {reason}' if error.filename else reason
+    if out_of_memory(error):
+        return 1, f'out of memory: {less_memory}' if less_memory else 'out of memory'
+    return None
+
+
+def is_our_module(name):
+    """Return whether a module with this dotted name is, or would be, part of this repository."""
+    top = name.split('.')[0]
+    return (ROOT / top).is_dir() or (ROOT / f'{top}.py').is_file()
+
+
 def set_up_streams():
-    """Let stdout and stderr take any text: a terminal shows what it can, files and pipes are UTF-8."""
+    """Let stdout and stderr take any text: files and pipes get UTF-8, a terminal shows what it can."""
     for stream in sys.stdout, sys.stderr:
-        if not hasattr(stream, 'reconfigure'):
+        if not hasattr(stream, 'reconfigure'):  # closed (None), or replaced by a test
             continue
         if stream.isatty():
             stream.reconfigure(errors='replace')
-        else:  # surrogateescape: file names may have bytes that are not UTF-8
+        else:  # surrogateescape: file names may contain bytes that are not UTF-8
             stream.reconfigure(encoding='utf-8', errors='surrogateescape')
-
-
-def drop_unwritable_output():
-    """Drop buffered output that stdout does not take, or Python would complain about it again at exit."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def print_message(message):
@@ -275,15 +401,30 @@ def print_message(message):
         # Usually every rank fails the same way: let rank 0 print, and wait for torchrun to end this one.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
-    line = ' '.join(printable(message).splitlines())
+    if sys.stderr is None:  # closed
+        return
     script = os.path.basename(sys.argv[0])
-    tqdm.write(f'{script}: {line[:2000]}', file=sys.stderr)
+    line = ' '.join(printable(message).splitlines())
+    try:
+        tqdm.write(f'{script}: {line[:2000]}', file=sys.stderr)
+    except OSError:
+        drop_unwritable_output(sys.stderr)
+
+
+def drop_unwritable_output(stream):
+    """Drop buffered output that cannot be written: Python would try again at exit, and complain."""
+    if stream is None:  # closed
+        return
+    try:
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def printable(text):
-    """Replace control characters and lone surrogates by U+FFFD.
+    """Return `text` with control characters and lone surrogates replaced by U+FFFD.
 
-    Surrogates that stand for bytes of a file name (surrogateescape) are kept.
+    Surrogates that stand for bytes of a file name (surrogateescape) stay.
     """
     return re.sub('[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udc7f\udd00-\udfff]', '\N{REPLACEMENT CHARACTER}', text)
 
@@ -293,14 +434,19 @@ def script_path(name):
     return shlex.quote(os.path.relpath(ROOT / name))
 
 
-# what torch, the system and other libraries say when memory runs out
+# errors of libraries -----------------------------------------------------------------
+
+# What torch, the system and other libraries say when memory runs out
 OUT_OF_MEMORY = (
     "out of memory|can't allocate memory|annot allocate memory|not enough memory|bad_alloc|"
-    'Resource temporarily unavailable')  # the last if a thread cannot be started
+    'Resource temporarily unavailable')  # the last one if a thread cannot be started
+
+# The exceptions that a mistake in the code raises, whatever the file it reads contains
+BUGS = (NameError, UnboundLocalError, AttributeError, TypeError, AssertionError)
 
 
 def out_of_memory(error):
-    """Return whether memory has run out: only for CUDA torch has a class of its own."""
+    """Return whether memory ran out. torch has an exception class for that only on CUDA."""
     if isinstance(error, MemoryError):
         return True
     return isinstance(error, (RuntimeError, OSError)) and re.search(OUT_OF_MEMORY, str(error)) is not None
@@ -310,37 +456,56 @@ def out_of_memory(error):
 def user_errors(what, problem='is damaged or not what it should be'):
     """Turn an error while a library reads a foreign file into a UserError, "WHAT PROBLEM: reason".
 
-    Wrap only the library's call and the check of what it returned, which raises ValueError. UserErrors,
-    missing packages, out-of-memory and full-disk errors pass through, and so does a bug in our own code.
+    Wrap only the library's call and the check of what it returned, which raises ValueError:
+
+        with user_errors(path):
+            facts = json.loads(path.read_bytes())
+            if not isinstance(facts, dict):
+                raise ValueError('not an object')
+
+    UserErrors, missing packages, out-of-memory and full-disk errors pass through. So does a bug in our own
+    code, as it would otherwise look like a damaged file.
     """
     try:
         with warnings.catch_warnings(action='ignore'):  # the error says what matters
             yield
-    except (UserError, ModuleNotFoundError):
-        raise
     except Exception as error:  # libraries raise errors of many classes
-        if disk_is_full(error) or out_of_memory(error) or is_our_bug(error):
-            raise
-        raise UserError(f'{what} {problem}: {reason_of(error)}') from error
+        cause = first_cause(error)
+        if not is_about_the_file(cause):
+            raise cause  # noqa: B904 (`error` comes from it, not the other way round)
+        raise UserError(f'{what} {problem}: {reason_of(cause)}') from error
 
 
-def disk_is_full(error):
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+def first_cause(error):
+    """Return the error that a library has wrapped in errors of its own, or `error` itself."""
+    while error.__cause__:
+        error = error.__cause__
+    return error
+
+
+def is_about_the_file(error):
+    """Return whether an error says that a file is wrong, and not the machine or our own code."""
+    if isinstance(error, (UserError, ModuleNotFoundError)) or out_of_memory(error):
+        return False
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        return False  # the disk is full
+    return not is_our_bug(error)
 
 
 def is_our_bug(error):
-    """Return whether an error is a bug's, and was raised by a line of this repository, not of a library."""
-    if not isinstance(error, (NameError, AttributeError, TypeError, AssertionError)):
+    """Return whether an error is a bug's and was raised by a line of this repository, not of a library."""
+    if isinstance(error, ImportError):
+        return error.name is not None and is_our_module(error.name)
+    frames = list(traceback.walk_tb(error.__traceback__))
+    if type(error) not in BUGS or not frames:
         return False
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    path = Path(frame.f_code.co_filename)
-    return path.is_relative_to(ROOT) and 'site-packages' not in path.parts
+    frame, _ = frames[-1]
+    path = Path(frame.f_code.co_filename).resolve()
+    return path.is_file() and path.is_relative_to(ROOT) and 'site-packages' not in path.parts
 
 
 def reason_of(error):
     """Return in one line why a library failed, without its colours and its advice to run foreign code."""
-    while error.__cause__:
-        error = error.__cause__
     if isinstance(error, KeyError):
         return f'no entry {error}'
     text = re.sub(r'\x1b\[[\d;]*m', '', str(error)) or type(error).__name__

@@ -1,14 +1,15 @@
-"""The scripts on a GPU of Modal: prepare, train, export and sample, each as a person would type it.
+"""Run the scripts on a GPU of Modal: prepare, train, export and sample.
 
     modal run cloud/modal_app.py                                       # TinyStories, on a T4
     modal run cloud/modal_app.py --source sample                       # the built-in corpus
-    modal run cloud/modal_app.py config/char_1m.json --command train --max_iters 2000 --gpu A10
+    modal run cloud/modal_app.py config/char_1m.py --command train --max_iters 2000 --gpu A10
     modal run cloud/modal_app.py --command inference --prompt "One day, a cat" --num_samples 1
-    modal run cloud/modal_app.py::transfer get out-tiny-stories        # or put; --overwrite
-    modal run cloud/modal_app.py::cleanup out-tiny-stories             # without names it only lists
+    modal run cloud/modal_app.py::transfer get out-tiny-stories        # download a folder; or put FOLDER
+    modal run cloud/modal_app.py::cleanup out-tiny-stories             # delete; without names it only lists
 
-What the scripts write is on the volume `tiny-stories`, their working directory. A run that was cut off goes
-on when the same is typed again. Any setting of theirs can be given; --secret NAME lends a tracker's key.
+The scripts write to the volume `tiny-stories`, which is their working directory. To resume a run that was
+interrupted, type the same command again. All settings of the scripts can be given. --secret NAME passes a
+secret of Modal to the scripts, such as a tracker's key.
 """
 
 import os
@@ -24,96 +25,125 @@ except ModuleNotFoundError:
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]) if modal.is_local() else '/repository')
 
 from cloud.scripts import CORES, ROOT, call, plan, relative, stays_here
-from configurator import SettingError, UserError, nearest, run, user_errors
+from configurator import SettingError, UserError, did_you_mean, run, user_errors
 
-OWN = {'command': 'all', 'gpu': 'T4', 'secret': ''}
-VOLUME = Path('/volume')  # where the functions have it
+OWN = {'command': 'all', 'gpu': 'T4', 'secret': ''}  # settings of the launcher itself
+VOLUME = Path('/volume')  # where the volume is mounted
 
-# `modal run FILE` takes the one entrypoint that is a name in here, `modal run FILE::APP` that of another app
-app, transfer, cleanup = map(modal.App, ('tiny-stories', 'tiny-stories-transfer', 'tiny-stories-cleanup'))
+# `modal run FILE` runs the one entrypoint that is a global name here; `modal run FILE::APP` that of an app.
+app = modal.App('tiny-stories')
+transfer = modal.App('tiny-stories-transfer')
+cleanup = modal.App('tiny-stories-cleanup')
 volume = modal.Volume.from_name('tiny-stories', create_if_missing=True)
 image = (modal.Image.debian_slim('3.11').pip_install_from_requirements(str(ROOT / 'requirements.txt'))
          .add_local_dir(ROOT, '/repository', ignore=stays_here))
-# Modal itself starts anew what it had to interrupt; the retries are for runs of more than a day
+# Modal itself restarts a function whose machine it takes back; the retries are for runs of more than a day.
 machine = {'image': image, 'volumes': {str(VOLUME): volume}, 'timeout': 24 * 3600, 'retries': 3,
            'single_use_containers': True}
 
 
 # in the cloud -----------------------------------------------------------------
 
-def on_volume(*script):
-    """The exit status of a script, once what it wrote is safe."""
-    status = call(VOLUME, *script)
-    if not modal.is_local():  # Modal does so every few seconds; the next function must find all
+def run_on_volume(*arguments):
+    """Run a script as `call` does; return its exit status once its output is safe."""
+    status = call(VOLUME, *arguments)
+    if not modal.is_local():  # Modal commits every few seconds; the next function must find everything
         volume.commit()
     return status
 
 
 @app.function(**machine, cpu=CORES)
 def prepare(flags):
-    """Stories -> shards, unless they are there."""
+    """Turn stories into shards, unless they are there already. Return the exit status."""
     if (VOLUME / flags['out_dir'] / 'meta.json').exists():
         print(f"{flags['out_dir']} is prepared already")
         return 0
-    return on_volume('prepare', flags)
+    return run_on_volume('prepare', flags)
 
 
 @app.function(**machine)
-def train(flags, files, gpus, began, exported):
-    """Begins a run, or goes on with the one that is there; then exports it, where llama2.c can hold it."""
+def train(flags, files, gpus, start_time, export_flags):
+    """Start a run, or resume the one in its folder; then export it for llama2.c. Return the exit status.
+
+    start_time: when the user typed the command. --overwrite replaces a run from before it, but not what this
+    same call saved before its machine was taken back.
+    """
     last = VOLUME / flags['out_dir'] / 'ckpt.pt'
-    # --overwrite is for a run from before `began`, not for what this very call did until it was cut off
-    if last.exists() and not (flags.get('overwrite') and last.stat().st_mtime < began):
-        flags = flags | {'init_from': 'resume'}
-    if status := on_volume('train', flags, files, gpus):
+    if last.exists():
+        replace = flags.get('overwrite') and last.stat().st_mtime < start_time
+        if not replace:
+            flags = flags | {'init_from': 'resume'}
+    status = run_on_volume('train', flags, files, gpus)
+    if status:
         return status
-    if on_volume('export', exported):
-        print('so there are no files for llama2.c; the run itself is whole', file=sys.stderr)
+    if run_on_volume('export', export_flags):
+        print('the run is complete, but was not exported for llama2.c', file=sys.stderr)
     return 0
 
 
 @app.function(**machine)
 def sample(flags):
-    """Checkpoint -> stories."""
-    return on_volume('sample', flags)
+    """Write stories with a trained model. Return the exit status."""
+    return run_on_volume('sample', flags)
 
 
-# where `modal run` is typed -----------------------------------------------------
+# on the user's machine ------------------------------------------------------------
 
 def start(words):
-    """Calls the functions that the words ask for, until one fails: SystemExit with the script's status."""
+    """Call the functions that a command line asks for; exit with the status of the first that fails."""
     own, files, folder, flags = plan(words, OWN)
-    one_gpu, _, gpus = own['gpu'].partition(':')
-    steps = [(prepare, '', [flags['prepare']])] if folder else []
+    one_gpu, _, n_gpus = own['gpu'].partition(':')
+    steps = []  # (function, GPU, arguments)
+    if folder:
+        steps.append((prepare, '', [flags['prepare']]))
     if 'train' in flags:
-        steps += [(train, own['gpu'], [flags['train'], files, gpus, time.time(), flags['export']])]
+        steps.append((train, own['gpu'], [flags['train'], files, n_gpus, time.time(), flags['export']]))
     if own['command'] != 'train':
-        steps += [(sample, one_gpu, [flags['sample']])]
-    lent = [modal.Secret.from_name(own['secret'])] if own['secret'] else None
+        steps.append((sample, one_gpu, [flags['sample']]))
+    secrets = [modal.Secret.from_name(own['secret'])] if own['secret'] else None
     for function, gpu, arguments in steps:
-        with user_errors('the work on Modal', 'did not end; type the same again to go on with it'):
-            if status := function.with_options(gpu=gpu or None, secrets=lent).remote(*arguments):
-                raise SystemExit(status)
+        with user_errors('the work on Modal', 'did not finish; type the same command again to resume it'):
+            status = function.with_options(gpu=gpu or None, secrets=secrets).remote(*arguments)
+        if status:
+            raise SystemExit(status)
 
 
-def listed(folder):
-    """[(path, bytes)] of the files in a folder of the volume."""
+def list_files(folder):
+    """Return [(path, size in bytes)] of the files in a folder of the volume."""
     with user_errors(f'{folder} on the volume', 'could not be read'):
-        return [(PurePosixPath(entry.path.lstrip('/')), entry.size) for entry in volume.iterdir(folder)
-                if entry.type == modal.volume.FileEntryType.FILE]
+        entries = list(volume.iterdir(folder))
+    files = [entry for entry in entries if entry.type == modal.volume.FileEntryType.FILE]
+    return [(PurePosixPath(file.path.lstrip('/')), file.size) for file in files]
 
 
 def copy(words):
-    """`get` or `put` a folder, a run's or any, under the same name there and here."""
-    if words[:1] not in (('get',), ('put',)) or len(words) < 2 or words[2:] not in ((), ('--overwrite',)):
-        raise SettingError('type get FOLDER or put FOLDER, and --overwrite after it to replace files')
-    name, overwrite = relative('folder', words[1]), len(words) == 3
-    if words[0] == 'put':
-        with user_errors(name, 'was not copied (--overwrite?)'), volume.batch_upload(force=overwrite) as batch:
-            return (batch.put_directory if Path(name).is_dir() else batch.put_file)(name, f'/{name}')
-    files = [Path(path) for path, _ in listed(name)]
-    if there := [file for file in files if file.exists() and not overwrite]:
-        raise UserError(f'{there[0]} is here already: --overwrite replaces what is here')
+    """Copy a folder, of a run or any other, between the volume and this machine, under the same name."""
+    if len(words) < 2 or words[0] not in ('get', 'put') or words[2:] not in ((), ('--overwrite',)):
+        raise SettingError('type get FOLDER or put FOLDER, and then --overwrite to replace files')
+    folder = relative('folder', words[1])
+    overwrite = len(words) == 3
+    if words[0] == 'get':
+        download(folder, overwrite)
+    else:
+        upload(folder, overwrite)
+
+
+def upload(folder, overwrite):
+    """Copy a local folder or file to the volume."""
+    problem = 'was not copied (type --overwrite to replace files)'
+    with user_errors(folder, problem), volume.batch_upload(force=overwrite) as batch:
+        if Path(folder).is_dir():
+            batch.put_directory(folder, f'/{folder}')
+        else:
+            batch.put_file(folder, f'/{folder}')
+
+
+def download(folder, overwrite):
+    """Copy a folder of the volume to this machine."""
+    files = [Path(path) for path, _ in list_files(folder)]
+    for file in files:
+        if file.exists() and not overwrite:
+            raise UserError(f'{file} exists on this machine: type --overwrite to replace files')
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
         with user_errors(file, 'was not copied'), open(f'{file}.part', 'wb') as part:
@@ -122,19 +152,25 @@ def copy(words):
 
 
 def remove(names):
-    """Lists what the volume holds; removes what is named, if two questions are answered so."""
+    """List what is on the volume, and delete the named folders, each after two questions."""
     sizes = Counter()
-    for path, size in listed('/'):  # runs, and data and caches one by one
-        sizes['/'.join(path.parts[:2 if path.parts[0] in ('data', 'caches') else 1])] += size
-    print(*(f'{sizes[name] / 1e6:12,.1f} MB  {name}' for name in sorted(sizes)), sep='\n')
-    if unknown := [name for name in names if name not in sizes]:
-        raise UserError(f'the volume holds no {unknown[0]}{nearest(unknown[0], sizes)}')
+    for path, size in list_files('/'):
+        # one entry per run, and one per folder below data/ and caches/
+        depth = 2 if path.parts[0] in ('data', 'caches') else 1
+        sizes['/'.join(path.parts[:depth])] += size
+    for name in sorted(sizes):
+        print(f'{sizes[name] / 1e6:12,.1f} MB  {name}')
     for name in names:
-        with user_errors(name, 'was not removed'):
-            if input(f'remove {name}? (yes or no) ') != 'yes' or input(f'for good? Type {name}: ') != name:
+        if name not in sizes:
+            raise UserError(f'{name} is not on the volume{did_you_mean(name, sizes)}')
+    for name in names:
+        with user_errors(name, 'was not deleted'):
+            confirmed = (input(f'delete {name}? (yes or no) ') == 'yes'
+                         and input(f'this cannot be undone. Type {name}: ') == name)
+            if not confirmed:
                 raise UserError(f'{name} was kept')
             volume.remove_file(name, recursive=True)
-            print(f'removed {name}')
+        print(f'deleted {name}')
 
 
 @app.local_entrypoint()
@@ -142,8 +178,18 @@ def main(*words):
     run(lambda: start(words))
 
 
-transfer.local_entrypoint(name='files')(lambda *words: run(lambda: copy(words)))
-cleanup.local_entrypoint(name='files')(lambda *names: run(lambda: remove(names)))
+@transfer.local_entrypoint(name='files')
+def _transfer(*words):
+    run(lambda: copy(words))
+
+
+@cleanup.local_entrypoint(name='files')
+def _cleanup(*names):
+    run(lambda: remove(names))
+
+
+# `modal run FILE` would find these two as well if they were global names
+del _transfer, _cleanup
 
 if __name__ == '__main__':
     sys.exit('modal_app.py is started by Modal: modal run cloud/modal_app.py')

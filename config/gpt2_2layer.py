@@ -1,4 +1,6 @@
-"""Two wide layers on GPT-2's tokens: 85.9M parameters at 50,259 tokens, 77.2M of them embedding and head.
+"""Two wide layers with GPT-2's tokens.
+
+85.9M parameters with 50,259 tokens, 77.2M of them in the embedding and the head.
 
     python data/tiny_stories/prepare.py --encoding_type gpt2
     python train.py config/gpt2_2layer.py --device cuda
@@ -6,7 +8,7 @@
 
 out_dir = 'out-gpt2-2layer'
 
-block_size = 1024  # GPT-2's
+block_size = 1024  # as in GPT-2
 n_layer = 2
 n_head = 12
 n_embd = 768
@@ -18,8 +20,8 @@ bias = True
 tie_embeddings = False
 
 batch_size = 8
-gradient_accumulation_steps = 2  # 16,384 tokens a step
+gradient_accumulation_steps = 2  # 16,384 tokens per step
 max_epochs = 5
 optimizer = 'adamw'
 learning_rate = 3e-4
-eval_interval = 0  # an evaluation and a new loss.png after each epoch
+eval_interval = 0  # evaluate once per epoch

@@ -1,6 +1,7 @@
-"""GPT-2's tokens in the Transformer of 2017: sinusoidal positions, ReLU, LayerNorm first, dropout.
+"""A model close to the Transformer of 2017 (sinusoidal positions, ReLU, dropout), with GPT-2's tokens.
 
-89.3M parameters at gpt2's 50,259 tokens, 51.5M of them in the embedding and the head, which are not tied.
+LayerNorm comes before each sublayer, not after it as in 2017. 89.3M parameters with 50,259 tokens, 51.5M of
+them in the embedding and the head, which are not tied.
 
     python data/tiny_stories/prepare.py --encoding_type gpt2
     python train.py config/gpt2_89m.py

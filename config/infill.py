@@ -1,4 +1,6 @@
-"""A model that writes the middle between a first and a last sentence: 15.7M parameters at bpe's 4,096 tokens.
+"""An infilling model: it writes the middle of a story between a given first and last sentence.
+
+15.7M parameters with bpe's 4,096 tokens.
 
     python data/tiny_stories/prepare.py --encoding_type bpe --infill_rate 0.5
     python train.py config/infill.py --device cuda
@@ -15,7 +17,7 @@ mlp_width = 1536
 dropout = 0.1
 
 batch_size = 64
-gradient_accumulation_steps = 4  # 65,536 tokens a step
+gradient_accumulation_steps = 4  # 65,536 tokens per step
 max_iters = 20000
 warmup_iters = 200
 eval_interval = 1000

@@ -1,6 +1,7 @@
-"""Filling in the middle, on GPT-2's tokens: 33.5M parameters at 50,259 tokens, 19.3M of them the embedding.
+"""An infilling model with GPT-2's tokens, with the sizes and schedule of the project TinyStoriesProject.
 
-The numbers are those of TinyStoriesProject, a model of the same task; config/infill.py is what we would use.
+33.5M parameters with 50,259 tokens, 19.3M of them in the embedding. For a model of your own take
+config/infill.py instead.
 
     python data/tiny_stories/prepare.py --encoding_type gpt2 --infill_rate 0.5
     python train.py config/infill_33m.py --device cuda
@@ -15,8 +16,8 @@ n_embd = 384
 mlp_width = 1536
 dropout = 0.1
 
-batch_size = 32  # 8,192 tokens a step
+batch_size = 32  # 8,192 tokens per step
 max_epochs = 10
 optimizer = 'adamw'
 learning_rate = 1e-4
-eval_interval = 0  # an evaluation after each epoch
+eval_interval = 0  # evaluate once per epoch

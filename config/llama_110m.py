@@ -1,4 +1,6 @@
-"""llama2.c's stories110M: 109.5M parameters at 32,000 tokens, 24.6M of them the embedding; 88.1M at 4,096.
+"""The shape of llama2.c's stories110M.
+
+109.5M parameters with 32,000 tokens, 24.6M of them in the embedding; 88.1M parameters with 4,096 tokens.
 
     python data/tiny_stories/prepare.py --encoding_type bpe --vocab_size 32000
     torchrun --standalone --nproc_per_node=4 train.py config/llama_110m.py
@@ -14,7 +16,7 @@ mlp_width = 2048
 dropout = 0.1
 
 batch_size = 16
-gradient_accumulation_steps = 8  # 131,072 tokens a step
-max_iters = 20000  # llama2.c took 200,000, with AdamW
+gradient_accumulation_steps = 8  # 131,072 tokens per step
+max_iters = 20000  # llama2.c trained for 200,000 steps, with AdamW
 warmup_iters = 200
 eval_interval = 1000

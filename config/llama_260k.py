@@ -1,4 +1,6 @@
-"""llama2.c's stories260K: 260K parameters at 512 tokens; small enough to test programs with.
+"""The shape of llama2.c's stories260K, small enough to test programs with.
+
+260K parameters with 512 tokens.
 
     python data/tiny_stories/prepare.py --encoding_type bpe --vocab_size 512
     python train.py config/llama_260k.py
@@ -13,7 +15,7 @@ n_kv_head = 4
 n_embd = 64
 mlp_width = 172
 
-batch_size = 128  # 65,536 tokens a step
-max_iters = 20000  # llama2.c took 100,000, with AdamW
+batch_size = 128  # 65,536 tokens per step
+max_iters = 20000  # llama2.c trained for 100,000 steps, with AdamW
 warmup_iters = 200
 eval_interval = 1000

@@ -1,4 +1,6 @@
-"""llama2.c's stories42M: 41.7M parameters at 32,000 tokens, 16.4M of them the embedding; 27.4M at 4,096.
+"""The shape of llama2.c's stories42M.
+
+41.7M parameters with 32,000 tokens, 16.4M of them in the embedding; 27.4M parameters with 4,096 tokens.
 
     python data/tiny_stories/prepare.py --encoding_type bpe --vocab_size 32000
     python train.py config/llama_42m.py --device cuda
@@ -13,7 +15,7 @@ n_embd = 512
 mlp_width = 1376
 
 batch_size = 32
-gradient_accumulation_steps = 4  # 131,072 tokens a step
+gradient_accumulation_steps = 4  # 131,072 tokens per step
 max_iters = 20000
 warmup_iters = 200
 eval_interval = 1000

@@ -1,11 +1,13 @@
-"""A small model in two minutes on two CPU cores: 1.0M parameters at the corpus's 1,536 tokens.
+"""A small model that trains in two minutes on two CPU cores.
+
+1.0M parameters with the built-in corpus's 1,536 tokens.
 
     python data/tiny_stories/prepare.py --source sample
     python train.py config/quickstart.py
 """
 
 out_dir = 'out-quickstart'
-overwrite = True  # this recipe may be typed again
+overwrite = True  # re-running this recipe replaces the previous run
 
 block_size = 256
 n_layer = 4

@@ -1,4 +1,7 @@
-"""A small model that writes middles, in three minutes on two CPU cores: 1.0M parameters at 1,536 tokens.
+"""A small infilling model that trains in three minutes on two CPU cores.
+
+It writes the middle of a story between a given first and last sentence. 1.0M parameters with the built-in
+corpus's 1,536 tokens.
 
     python data/tiny_stories/prepare.py --source sample --infill_rate 0.5
     python train.py config/quickstart_infill.py
@@ -6,7 +9,7 @@
 """
 
 out_dir = 'out-quickstart-infill'
-overwrite = True  # this recipe may be typed again
+overwrite = True  # re-running this recipe replaces the previous run
 
 block_size = 256
 n_layer = 4

@@ -1,11 +1,18 @@
-"""A run's folder: checkpoints written atomically and read in one place, metrics, what there is to go on with.
+"""Checkpoints and the folder of a run: read and checked in one place, written atomically.
 
-A checkpoint is a dict: 'model' (weights), 'config' (of the model), 'tokenizer' (its state), 'settings' (of
-train.py), 'iter' (steps done), 'best_val_loss', 'best_iter', 'optimizers', 'scaler', 'fingerprint' (of the
-data) and 'infill_rate'. It holds tensors and plain values only, so that reading a stranger's runs no code.
+A checkpoint is a dict with
+    'model'          state_dict of the unwrapped GPT
+    'config'         its GPTConfig, a dict
+    'tokenizer'      the tokenizer's state, a dict
+    'settings'       all settings of train.py
+    'iter'           steps done
+    'best_val_loss'  lowest validation loss so far, and 'best_iter', the step of that
+    'optimizers'     a list of state_dicts
+    'scaler'         state_dict of the gradient scaler; empty if not in float16
+    'fingerprint'    of the data, and its 'infill_rate'
+It holds tensors and plain values only, so reading a foreign one runs no code.
 """
 
-import contextlib
 import json
 import math
 import os
@@ -13,143 +20,418 @@ import reprlib
 import shlex
 import shutil
 import zipfile
-from dataclasses import fields, replace
+from dataclasses import asdict, fields
 from functools import partial
-from operator import methodcaller
 from pathlib import Path
 
 import torch
 
-from configurator import SettingError, UserError, user_errors
-from data.files import lock_folder, report_write_errors, write_atomically
+from configurator import SettingError, UserError, script_path, user_errors
+from core.distributed import get_ranks
+from data.files import lock_folder, report_write_errors, write_atomically, write_bytes_atomically
+from data.shards import fingerprint
+from data.tokenizer import CLASSES
 from model import GPT, GPTConfig
 
 FILES = {'last': 'ckpt.pt', 'best': 'best.pt'}
-KINDS = {'model': dict, 'config': dict, 'tokenizer': dict | None, 'settings': dict, 'iter': int,
-         'best_val_loss': float | int, 'best_iter': int, 'optimizers': list, 'scaler': dict,
-         'fingerprint': str, 'infill_rate': float | int}
+TOKENIZER_FILES = [tokenizer_class.file_name for tokenizer_class in CLASSES.values()]
+NUMBER = float | int
+TYPES = {
+    'model': dict, 'config': dict, 'tokenizer': dict | None, 'settings': dict, 'iter': int,
+    'best_val_loss': NUMBER, 'best_iter': int, 'optimizers': list, 'scaler': dict, 'fingerprint': str,
+    'infill_rate': NUMBER,
+}
+REQUIRED = 'model', 'config', 'tokenizer', 'settings', 'iter'
+LONGEST_CONTEXT = 2**20
 
+
+# reading ----------------------------------------------------------------------
 
 def load_checkpoint(path):
-    """Read a checkpoint. Raises UserError where there is none, it is damaged, or it is not one of ours."""
-    if not (path := Path(path)).is_file():
-        raise UserError(f'no checkpoint {path}: train first, or name its folder with --out_dir')
-    if reason := damage(path):
-        raise UserError(f'{path} is damaged or no checkpoint ({reason}){other_checkpoint(path)}')
+    """Read a checkpoint. Raises UserError if it is missing, damaged, or not one of this project."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f'no checkpoint {path}: train first, or name the folder of a run with --out_dir')
+    reason = damage(path)
+    if reason:
+        raise UserError(f'{path} is damaged or not a checkpoint ({reason}){suggest_other_checkpoint(path)}')
     with user_errors(path, 'is not a checkpoint of this project, and was not run'):
         checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-        for name in KINDS.keys() & {'model', 'config', 'tokenizer', 'settings', 'iter', *checkpoint}:
-            value = checkpoint[name]
-            if not isinstance(value, KINDS[name]) or (isinstance(value, float | int) and not value >= 0):
-                raise ValueError(f'its {name} is {reprlib.repr(value)}')
+        check_types(checkpoint)
     return checkpoint
 
 
+def check_types(checkpoint):
+    """Raise ValueError if a value of a checkpoint is missing or of the wrong type."""
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f'it holds a {type(checkpoint).__name__}')
+    for name in REQUIRED:
+        if name not in checkpoint:
+            raise ValueError(f'it has no {name}')
+    for name, value in checkpoint.items():
+        if name not in TYPES:
+            continue
+        is_negative = isinstance(value, NUMBER) and not value >= 0  # or nan
+        if not isinstance(value, TYPES[name]) or is_negative:
+            raise ValueError(f'its {name} is {reprlib.repr(value)}')
+
+
 def damage(path):
-    """What is wrong with the file itself, '' if nothing is: torch.load does not look at the checksums."""
+    """Return what is wrong with the file itself, or ''. torch.load does not compare the checksums."""
     try:
         with zipfile.ZipFile(path) as archive:
-            wrong = archive.testzip()
-        return f'{wrong} does not have its checksum' if wrong else ''
-    except Exception as error:  # what is no archive, or half a one, fails in many ways
+            damaged_file = archive.testzip()
+    except Exception as error:  # something else than an archive, or half of one, fails in many ways
         return str(error) or type(error).__name__
+    if damaged_file:
+        return f'{damaged_file} does not have its checksum'
+    return ''
 
 
-def other_checkpoint(path):
-    """What to use instead of a damaged checkpoint, to end a message with."""
-    other = path.with_name('best.pt' if path.name == 'ckpt.pt' else 'ckpt.pt')
-    if path.name not in FILES.values() or not other.is_file() or damage(other):
+def suggest_other_checkpoint(path):
+    """Return the end of a message: what to use instead of a damaged checkpoint, if anything."""
+    if path.name not in FILES.values():
         return ''
+    other = path.with_name('best.pt' if path.name == 'ckpt.pt' else 'ckpt.pt')
+    if not other.is_file() or damage(other):
+        return ''
+    if path.name == 'best.pt':
+        return f'; {other} is whole: use it with --ckpt last'
     copy = shlex.join(['cp', str(other), str(path)])
-    return f'; {other} is whole: ' + ('use it with --ckpt last' if path.name == 'best.pt' else f'type {copy}')
+    return f'; {other} is whole: type {copy}'
+
+
+def parameter_shapes(config):
+    """Return {name: shape} of the parameters of GPT(config), without making the model.
+
+    A tied head is not listed. Making a model on the meta device instead would import torch._dynamo.
+    """
+    C = config.n_embd
+    kv_width = config.n_kv_head * config.head_dim
+    shapes = {}
+
+    def add_linear(name, n_in, n_out):
+        shapes[f'{name}.weight'] = (n_out, n_in)
+        if config.bias:
+            shapes[f'{name}.bias'] = (n_out,)
+
+    def add_norm(name, width):
+        shapes[f'{name}.weight'] = (width,)
+        if config.norm == 'layer' and config.bias:
+            shapes[f'{name}.bias'] = (width,)
+
+    shapes['embedding.weight'] = (config.vocab_size, C)
+    for layer in range(config.n_layer):
+        block = f'blocks.{layer}'
+        add_norm(f'{block}.attn_norm', C)
+        add_linear(f'{block}.attn.q', C, C)
+        add_linear(f'{block}.attn.k', C, kv_width)
+        add_linear(f'{block}.attn.v', C, kv_width)
+        add_linear(f'{block}.attn.proj', C, C)
+        if config.qk_norm:
+            add_norm(f'{block}.attn.q_norm', config.head_dim)
+            add_norm(f'{block}.attn.k_norm', config.head_dim)
+        add_norm(f'{block}.mlp_norm', C)
+        add_linear(f'{block}.mlp.up', C, config.mlp_width)
+        if config.mlp == 'swiglu':
+            add_linear(f'{block}.mlp.gate', C, config.mlp_width)
+        add_linear(f'{block}.mlp.proj', config.mlp_width, C)
+    add_norm('norm', C)
+    if not config.tie_embeddings:
+        shapes['lm_head.weight'] = (config.vocab_size, C)
+    if config.position == 'learned':
+        shapes['position.weight'] = (config.block_size, C)
+    return shapes
 
 
 def check_size(config, weights):
-    """Raises ValueError where a config claims another number of parameters than the weights have: before a
-    model of that size is made. One of two layers tells how many a layer has."""
+    """Raise ValueError if the weights are not those of `config`, before a model of that size is made."""
     for field in fields(config):
-        if not isinstance(value := getattr(config, field.name), (type(field.default), int)):
-            raise ValueError(f'{field.name} is {value!r}')
-    if config.block_size > 2**20:
+        value = getattr(config, field.name)
+        if not isinstance(value, (type(field.default), int)):
+            raise ValueError(f'{field.name} is {reprlib.repr(value)}')
+    if config.block_size > LONGEST_CONTEXT:
         raise ValueError(f'block_size is {config.block_size:,}')
-    with torch.device('meta'):  # where nothing takes memory
-        one, two = (GPT(replace(config, n_layer=n)).n_params() for n in (1, 2))
-    claimed = one + (config.n_layer - 1) * (two - one)
-    if odd := [name for name, w in weights.items() if not w.is_floating_point()]:
-        raise ValueError(f'{odd[0]} has no real numbers')
-    there = sum(w.numel() for name, w in weights.items()
-                if name != 'lm_head.weight' or not config.tie_embeddings)
-    if claimed != there:
-        raise ValueError(f'{there:,} parameters where the config has {claimed:,}')
+    if config.n_layer > len(weights):  # or the shapes of all layers would take long
+        raise ValueError(f'n_layer is {config.n_layer:,}, but there are only {len(weights)} tensors')
+    for name, shape in parameter_shapes(config).items():
+        if name not in weights:
+            raise ValueError(f'{name} is missing')
+        weight = weights[name]
+        if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
+            raise ValueError(f'{name} is not a tensor of real numbers')
+        if weight.shape != shape:
+            raise ValueError(f'{name} has the shape {[*weight.shape]}, but the config makes it {[*shape]}')
 
 
 def load_model(checkpoint, device='cpu'):
-    """The GPT of a checkpoint, in evaluation mode, on `device`. Raises UserError where it makes none."""
-    with user_errors("the checkpoint's config and weights", 'make no model of ours'):
-        config = GPTConfig(**checkpoint['config'])
+    """Return the GPT of a checkpoint, in evaluation mode, on `device`. Raises UserError if it makes none."""
+    with user_errors("the checkpoint's config and weights", 'do not make a model of this project'):
+        config = config_of(checkpoint['config'])
         check_size(config, checkpoint['model'])
-        model = GPT(config)
+    model = GPT(config)
+    with user_errors("the checkpoint's weights", 'do not fit its config'):
         model.load_state_dict(checkpoint['model'])
     return model.to(device).eval()
 
 
+def config_of(values):
+    """Return the GPTConfig with these values, a dict from a file. Raises ValueError if they make none."""
+    defaults = {field.name: field.default for field in fields(GPTConfig)}
+    for name, value in values.items():
+        if name not in defaults:
+            raise ValueError(f'its config has {reprlib.repr(name)}, which this project does not know')
+        if isinstance(value, bool) != isinstance(defaults[name], bool) or not isinstance(
+                value, (type(defaults[name]), int)):
+            raise ValueError(f'{name} is {reprlib.repr(value)}')
+    return GPTConfig(**values)
+
+
+# the folder of a run ----------------------------------------------------------
+
+def resume_command(out_dir):
+    """Return what to type to resume the run in `out_dir`, with as many ranks as now."""
+    world_size = get_ranks().world_size
+    on_this_machine = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    if world_size == 1:
+        start = 'python'
+    elif world_size == on_this_machine:
+        start = f'torchrun --standalone --nproc_per_node={on_this_machine}'
+    else:  # on several machines: the options with which each was started
+        start = f'torchrun ... --nproc_per_node={on_this_machine}'
+    return f"{start} {script_path('train.py')} --init_from resume --out_dir {shlex.quote(out_dir)}"
+
+
+class DivergedError(UserError):
+    """The loss, the gradients or the weights of a run are not finite."""
+
+    def __init__(self, step, reason, out_dir, learning_rate):
+        best = os.path.join(out_dir, FILES['best'])
+        last = os.path.join(out_dir, FILES['last'])
+        if not os.path.exists(best):
+            super().__init__(f'step {step}: {reason}, before anything was saved: start from other weights')
+            return
+        lower_rate = min(learning_rate / 10, 0.005)
+        super().__init__(
+            f'step {step}: {reason}. {shlex.quote(best)} is good: resume from it with a lower learning rate '
+            f'(or, in float16, with --dtype float32): cp {shlex.quote(best)} {shlex.quote(last)} && '
+            f'{resume_command(out_dir)} --learning_rate {lower_rate:g}')
+
+
 class RunFolder:
-    """The `out_dir` of a run that trains: ckpt.pt (last), best.pt, ckpt_STEP.pt, metrics.jsonl,
-    samples.jsonl; and what progress.py draws and writes of them."""
+    """The `out_dir` of a run: ckpt.pt (last), best.pt, ckpt_STEP.pt, the tokenizer's own file, metrics.jsonl,
+    samples.jsonl, and what core/progress.py writes there."""
 
     def __init__(self, path, resume=False, overwrite=False):
-        """Raises SettingError where it holds a run that nobody has said to go on with or to replace."""
-        self.path, again = Path(path), os.environ.get('TORCHELASTIC_MAX_RESTARTS', '0') != '0'
-        # torchrun --max-restarts starts the same command again
-        self.resume = resume or (again and (self.path / FILES['last']).exists())
+        """Raises SettingError if it holds a run that the user neither resumes nor replaces."""
+        self.path = Path(path)
+        restarted = os.environ.get('TORCHELASTIC_MAX_RESTARTS', '0') != '0'  # torchrun --max-restarts
+        self.resume = resume or (restarted and (self.path / FILES['last']).exists())
         self.overwrite = overwrite
         self.check()
 
-    def check(self):
-        there = any((self.path / name).exists() for name in (*FILES.values(), 'metrics.jsonl'))
-        if there and not (self.resume or self.overwrite):
-            raise SettingError(f'{self.path} holds another run: go on with it (--init_from resume), replace '
-                               'it (--overwrite), or name another folder (--out_dir)')
+    def holds_run(self):
+        return any((self.path / name).exists() for name in (*FILES.values(), 'metrics.jsonl'))
 
-    def begin(self, checkpoint):
-        """Until here there is the old run to go on with, from here on this one, at `checkpoint`. Raises
-        UserError where another process trains in the folder."""
+    def check(self):
+        if self.holds_run() and not self.resume and not self.overwrite:
+            raise SettingError(f'{self.path} holds another run: resume it (--init_from resume), replace it '
+                               '(--overwrite), or name another folder (--out_dir)')
+
+    def begin(self, checkpoint, tokenizer):
+        """Lock the folder and start the run in it with a first checkpoint, or resume it at `checkpoint`.
+
+        Until then the previous run is untouched. Raises UserError if another process trains here.
+        """
         with report_write_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            lock_folder(self.path, 'wait for it, or name another --out_dir')
-            self.check()  # once more: a run may have come and gone since
-            for left in self.path.glob('*.tmp'):  # by a run that was killed while it saved
+            self.lock = lock_folder(self.path, 'wait for it, or name another --out_dir')
+            self.check()  # once more: a run may have started and ended since
+            replaces_run = self.holds_run() and not self.resume
+            if not replaces_run:
+                self.check_tokenizer(tokenizer)
+            for left in self.path.glob('*.tmp'):  # by a process that was killed while it saved
                 left.unlink()
             if not self.resume:
-                self.save(checkpoint)
-                for old in (self.path / FILES['best'], self.path / 'loss.png', *self.path.glob('ckpt_*.pt')):
-                    old.unlink(missing_ok=True)
-            for name in {'metrics.jsonl', 'samples.jsonl'} & {*os.listdir(self.path)}:
-                records = [record for record in self.records(name) if record['iter'] < checkpoint['iter']]
-                lines = ''.join(json.dumps(record) + '\n' for record in records).encode()
-                write_atomically(self.path / name, methodcaller('write', lines))
+                self.save(checkpoint)  # from here on the folder holds this run
+            if replaces_run:
+                self.remove_previous_run()
+            self.save_tokenizer(tokenizer)
+            self.cut_records(checkpoint['iter'])
+
+    def remove_previous_run(self):
+        """Remove what is left of the previous run, once ckpt.pt is that of the new one."""
+        for name in FILES['best'], 'loss.png', *TOKENIZER_FILES:
+            (self.path / name).unlink(missing_ok=True)
+        for old in self.path.glob('ckpt_*.pt'):
+            old.unlink()
+
+    def check_tokenizer(self, tokenizer):
+        """Raise UserError if there is a file of the tokenizer's name with other content: it is not ours."""
+        for name, data in tokenizer.files.items():
+            path = self.path / name
+            if path.exists() and path.read_bytes() != data:
+                raise UserError(f'{path} is not the tokenizer of this run: name another --out_dir')
+
+    def save_tokenizer(self, tokenizer):
+        """Write the tokenizer's own file, so that `prepare.py --tokenizer out_dir` needs no torch."""
+        for name, data in tokenizer.files.items():
+            write_bytes_atomically(self.path / name, data)
+
+    def cut_records(self, step):
+        """Remove the lines of metrics.jsonl and samples.jsonl from `step` on: they will be written again."""
+        for name in 'metrics.jsonl', 'samples.jsonl':
+            if (self.path / name).exists():
+                kept = [record for record in self.records(name) if record['iter'] < step]
+                lines = ''.join(json.dumps(record) + '\n' for record in kept)
+                write_bytes_atomically(self.path / name, lines.encode())
 
     def records(self, name='metrics.jsonl'):
-        """The lines of a file, a list of dicts of numbers, and of two texts: without what is not ours."""
-        path, records = self.path / name, []
-        for line in path.read_text(errors='replace').splitlines() if path.exists() else ():
-            with contextlib.suppress(Exception):  # half a line, of a killed run
-                record = json.loads(line)
-                sound = all(isinstance(value, str) if key in ('prompt', 'story') else math.isfinite(value)
-                            for key, value in record.items())
-                records += [record] if sound and record['iter'] >= 0 else []
-        return records
+        """Return the lines of a file as a list of dicts, skipping malformed lines (a killed run's last)."""
+        path = self.path / name
+        if not path.exists():
+            return []
+        records = [parse_record(line) for line in path.read_text(errors='replace').splitlines()]
+        return [record for record in records if record is not None]
 
     def record(self, name='metrics.jsonl', **values):
-        """Add a line to a file."""
+        """Append a line to a file."""
         with report_write_errors(self.path), open(self.path / name, 'a') as file:
             file.write(json.dumps(values) + '\n')
 
-    def save(self, checkpoint, best=False, keep=False):
-        """Save the last checkpoint, if it is the best one that too, and one to keep as ckpt_STEP.pt too."""
-        # the last one comes last, as it says how good the best one is
-        names = [FILES['best']] * best + [f"ckpt_{checkpoint['iter']}.pt"] * keep + [FILES['last']]
-        write_atomically(self.path / names[0], partial(torch.save, checkpoint))
+    def save(self, checkpoint, is_best=False, keep=False):
+        """Write ckpt.pt; if `is_best` also best.pt, if `keep` also ckpt_STEP.pt.
+
+        ckpt.pt comes last: it records how good the best one is.
+        """
+        names = []
+        if is_best:
+            names.append(FILES['best'])
+        if keep:
+            names.append(f"ckpt_{checkpoint['iter']}.pt")
+        names.append(FILES['last'])
+        first = self.path / names[0]
+        write_atomically(first, partial(torch.save, checkpoint))
         for name in names[1:]:
-            with open(self.path / names[0], 'rb') as file:
-                write_atomically(self.path / name, partial(shutil.copyfileobj, file))
+            with open(first, 'rb') as source:
+                write_atomically(self.path / name, partial(shutil.copyfileobj, source))
+
+
+def parse_record(line):
+    """Return the dict of a line of metrics.jsonl or samples.jsonl, or None if it is malformed."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict):
+        return None
+    for key, value in record.items():
+        if key in ('prompt', 'story'):
+            if not isinstance(value, str):
+                return None
+        elif not isinstance(value, NUMBER) or not is_finite(value):
+            return None
+    return record if record.get('iter', -1) >= 0 else None
+
+
+def is_finite(value):
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int that is too large for a float
+        return False
+
+
+# the state of a run -----------------------------------------------------------
+
+class Run:
+    """The state of a training run: what is saved, and what is restored when it is resumed."""
+
+    def __init__(self, folder, model, optimizers, scaler, tokenizer, meta, settings):
+        """folder: a RunFolder. meta: meta.json of the data. settings: all settings of train.py."""
+        self.folder = folder
+        self.model = model
+        self.optimizers = optimizers
+        self.scaler = scaler
+        self.tokenizer = tokenizer
+        self.meta = meta
+        self.settings = settings
+        self.step = 0
+        self.best_val_loss = math.inf
+        self.best_step = 0
+
+    def restore(self, checkpoint):
+        """Continue from a checkpoint of the same model. Raises UserError if the states do not fit."""
+        with user_errors(self.folder.path / FILES['last']):
+            check_size(self.model.config, checkpoint['model'])
+            self.model.load_state_dict(checkpoint['model'])
+            if checkpoint['scaler']:  # empty if the run was not in float16 so far
+                self.scaler.load_state_dict(checkpoint['scaler'])
+            for optimizer, state in zip(self.optimizers, checkpoint['optimizers'], strict=True):
+                load_optimizer_state(optimizer, state)
+        self.step = checkpoint['iter']
+        self.best_val_loss = checkpoint['best_val_loss']
+        self.best_step = checkpoint.get('best_iter', checkpoint['iter'])
+
+    def checkpoint(self):
+        """Return the checkpoint of this moment. Raises DivergedError if a weight is not finite."""
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            raise self.diverged('some weights are not finite')
+        return {
+            'model': self.model.state_dict(),
+            'config': asdict(self.model.config),
+            'tokenizer': self.tokenizer.state(),
+            'settings': self.settings,
+            'iter': self.step,
+            'best_val_loss': self.best_val_loss,
+            'best_iter': self.best_step,
+            'optimizers': [optimizer.state_dict() for optimizer in self.optimizers],
+            'scaler': self.scaler.state_dict(),
+            'fingerprint': fingerprint(self.meta),
+            'infill_rate': self.meta.get('infill_rate', 0),
+        }
+
+    def begin(self):
+        """Take the folder: from now on it holds this run. Rank 0 calls it."""
+        self.folder.begin(self.checkpoint(), self.tokenizer)
+
+    def save(self, is_best=False, keep=False):
+        """Save a checkpoint on rank 0; do nothing on the other ranks."""
+        if get_ranks().rank == 0:
+            self.folder.save(self.checkpoint(), is_best, keep)
+
+    def update_best(self, val_loss):
+        """Take note of a validation loss; return whether it is the best so far.
+
+        Raises DivergedError if it is not finite.
+        """
+        if not math.isfinite(val_loss):
+            raise self.diverged(f'the validation loss is {val_loss}')
+        if val_loss >= self.best_val_loss:
+            return False
+        self.best_val_loss = val_loss
+        self.best_step = self.step
+        return True
+
+    def out_of_patience(self, patience, eval_every):
+        """Return whether `patience` evaluations have passed since the best one; 0 is endless patience."""
+        return patience > 0 and self.step - self.best_step >= patience * eval_every
+
+    def diverged(self, reason):
+        """Return the error for a run whose numbers are no longer finite."""
+        learning_rate = self.optimizers[-1].param_groups[0]['peak_lr']
+        return DivergedError(self.step, reason, str(self.folder.path), learning_rate)
+
+
+def load_optimizer_state(optimizer, saved):
+    """Restore an optimizer, but keep the hyperparameters given now, not the saved ones.
+
+    Raises ValueError if the state does not fit.
+    """
+    if not isinstance(saved, dict):
+        raise ValueError(f'the state of an optimizer is {reprlib.repr(saved)}')
+    groups = optimizer.state_dict()['param_groups']
+    optimizer.load_state_dict(saved | {'param_groups': groups})
+    for p, state in optimizer.state.items():
+        for name, value in state.items():
+            if not isinstance(value, torch.Tensor) or value.shape not in (p.shape, ()):
+                raise ValueError(f'{name} of an optimizer has another shape than its weight, {[*p.shape]}')

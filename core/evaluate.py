@@ -9,102 +9,189 @@ import torch.distributed as dist
 from torch.nn import functional as F
 
 from core.device import to_device
+from core.distributed import Ranks
 from model import log_probs_by_chunk
+
+PIECE = 2**22  # tokens of a split that are searched for delimiters at a time
 
 
 @torch.no_grad()
-def score(model, idx, targets):
-    """Of targets (B, T) after idx, -1 where there is none: summed loss in nats, number of hits; scalars."""
-    loss = hits = 0
+def count_loss(model, idx, targets):
+    """Return the summed loss (nats) and the number of correct predictions for targets (B, T), two scalars.
+
+    Targets of -1 are ignored.
+    """
+    loss = 0
+    n_correct = 0
     x = model.hidden(idx).flatten(0, 1)
     for _, log_p, target in log_probs_by_chunk(model.lm_head, x, targets.flatten(), chunk_size=1024):
         loss += F.nll_loss(log_p, target, ignore_index=-1, reduction='sum')
-        hits += (log_p.argmax(-1) == target).sum()
-    return loss, hits
+        n_correct += (log_p.argmax(-1) == target).sum()
+    return loss, n_correct
 
 
-def evaluate(score_model, split, block_size, batch_size, infill=(), train=None, max_batches=0,
-             device='cpu', rank=0, world_size=1, stopped=lambda: False):
-    """Evaluate over a whole split, its short tail included, or its first max_batches batches; ranks share it.
+def never():
+    return False
 
-    score_model: `score` of a model in evaluation mode, which takes (idx, targets). infill: `infill_rows` of
-    the split. train: the Split for training, of which a fixed sample is looked at too, windows spread evenly
-    over it, one for four of the other rows: a fifth of the work. Returns {'val_loss': nats per token,
-    'val_ppl': perplexity, 'val_acc': share of tokens predicted, 'val_bpb': bits per UTF-8 byte}, of `train`
-    'train_loss' and 'train_acc', of the infill rows 'val_infill_loss', nats per token of the middles, and so
-    'val_infill_loss_shuffled', after another story's last sentence. None where stopped() came true anywhere.
+
+class Stopped(Exception):
+    """A rank was asked to stop while it evaluated."""
+
+
+class Evaluator:
+    """Evaluates a model in batches; all ranks share the work and get the same results."""
+
+    def __init__(self, score, block_size, batch_size, device='cpu', ranks=None, should_stop=never):
+        """score(idx, targets): `count_loss` of a model in evaluation mode. should_stop(): asked per batch."""
+        self.score = score
+        self.block_size = block_size
+        self.batch_size = batch_size
+        self.device = torch.device(device)
+        self.ranks = ranks or Ranks()
+        self.should_stop = should_stop
+
+    def mean(self, read, rows, max_batches=0):
+        """Return the mean loss (nats per token) and accuracy over `rows`, nan if there are no targets.
+
+        read(rows, block_size) returns inputs and targets of some rows, as NumPy arrays (B, block_size).
+        max_batches: evaluate only that many batches; 0: all. Raises Stopped on all ranks if one must stop.
+        """
+        batches = [rows[i:i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
+        if max_batches > 0:
+            batches = batches[:max_batches]
+        # loss, correct predictions, targets, ranks that were stopped. MPS has no float64.
+        sums = torch.zeros(4, dtype=torch.float64, device='cpu' if self.device.type == 'mps' else self.device)
+        for batch in batches[self.ranks.rank::self.ranks.world_size]:
+            if self.should_stop():
+                sums[3] = 1
+                break
+            x, y = self.load(read, batch)
+            loss, n_correct = self.score(x, y)
+            sums[:3] += torch.stack((loss, n_correct, (y >= 0).sum())).to(sums.device).double()
+        if self.ranks.world_size > 1:
+            dist.all_reduce(sums)
+        loss, n_correct, n_targets, stopped = sums.tolist()
+        if stopped:
+            raise Stopped
+        if n_targets == 0:
+            return math.nan, math.nan
+        return loss / n_targets, n_correct / n_targets
+
+    def load(self, read, batch):
+        """Return inputs and targets of a batch on the device."""
+        x, y = read(batch, self.block_size)
+        if self.device.type == 'cuda':  # pad the last batch: one shape, one compilation
+            missing = (0, self.batch_size - len(batch)), (0, 0)
+            x = np.pad(x, missing)
+            y = np.pad(y, missing, constant_values=-1)
+        return to_device((x, y), self.device)
+
+
+def evaluate(evaluator, val_split, train_split=None, infill_rows=((), ()), max_batches=0):
+    """Evaluate on a whole validation split, its short tail included, or on its first `max_batches` batches.
+
+    train_split: also evaluate evenly spaced training windows, one for every four of the other rows.
+    infill_rows: `find_infill_rows` of the validation split.
+    Returns None if a rank was asked to stop, else {'val_loss': nats per token, 'val_ppl': perplexity,
+    'val_acc': accuracy, 'val_bpb': bits per UTF-8 byte}; with train_split also 'train_loss' and 'train_acc';
+    with infill rows 'val_infill_loss', nats per token of the middles, and 'val_infill_loss_shuffled', the
+    same with the last sentence of another story.
     """
-    kinds = [(split.windows, range(0, split.n_tokens - 1, block_size)),
-             *((padded, rows) for rows in infill)]
-    batches = [(kind, read, rows[first:first + batch_size]) for kind, (read, rows) in enumerate(kinds)
-               for first in range(0, min(len(rows), (max_batches or math.inf) * batch_size), batch_size)]
-    if train:
-        n, last = max(1, sum(len(rows) for *_, rows in batches) // 4), (train.n_tokens - 1) // block_size - 1
-        rows = np.unique(np.linspace(0, last, n, dtype=int)) * block_size
-        batches += [(3, train.windows, rows[i:i + batch_size]) for i in range(0, len(rows), batch_size)]
-    # a row for each kind of batch, loss, hits, targets; and one for whether it stopped
-    device = torch.device(device)  # mps has no float64
-    sums = torch.zeros(5, 3, dtype=torch.float64, device='cpu' if device.type == 'mps' else device)
-    for kind, read, rows in batches[rank::world_size]:
-        if stopped():
-            sums[4] = 1
-            break
-        x, y = read(rows, block_size)
-        if device.type == 'cuda':  # one shape, one compilation
-            missing = (0, batch_size - len(rows)), (0, 0)
-            x, y = np.pad(x, missing), np.pad(y, missing, constant_values=-1)
-        x, y = to_device((x, y), device)
-        sums[kind] += torch.stack((*score_model(x, y), (y >= 0).sum())).to(sums.device).double()
-    if world_size > 1:
-        dist.all_reduce(sums)
-    if sums[4].any():
+    val_rows = range(0, val_split.n_tokens - 1, evaluator.block_size)
+    own, shuffled = infill_rows
+    try:
+        metrics = validation_metrics(evaluator, val_split, val_rows, max_batches)
+        if train_split is not None:
+            n_rows = sum(n_evaluated(evaluator, rows, max_batches) for rows in (val_rows, own, shuffled))
+            metrics |= training_metrics(evaluator, train_split, n_rows=max(1, n_rows // 4))
+        if own:
+            metrics['val_infill_loss'], _ = evaluator.mean(pad_infill_rows, own, max_batches)
+            metrics['val_infill_loss_shuffled'], _ = evaluator.mean(pad_infill_rows, shuffled, max_batches)
+    except Stopped:
         return None
-    losses, accuracies = (sums[:4, :2] / sums[:4, 2:]).T.tolist()  # nan where there are no targets
-    result = {'val_loss': losses[0], 'val_ppl': math.exp(min(losses[0], 700)), 'val_acc': accuracies[0],
-              'val_bpb': losses[0] / math.log(2) * split.n_tokens / split.n_bytes}
-    if train:
-        result |= {'train_loss': losses[3], 'train_acc': accuracies[3]}
-    if any(infill):
-        result |= {'val_infill_loss': losses[1], 'val_infill_loss_shuffled': losses[2]}
-    return result
+    return metrics
 
 
-def infill_rows(split, block_size):
-    """The stories of a split that data/infill.py has turned around and that fit into block_size, whole.
+def n_evaluated(evaluator, rows, max_batches):
+    """Return how many of the rows are evaluated."""
+    if max_batches == 0:
+        return len(rows)
+    return min(len(rows), max_batches * evaluator.batch_size)
 
-    Returns two lists of (ids, number of ids before the middle); ids is a 1-D int array and ends in the
-    delimiter that closes the story. In the second list each story has the last sentence of the next one in
-    the place of its own. Both have the same middles: those of the stories that fit with either end.
+
+def validation_metrics(evaluator, split, rows, max_batches):
+    loss, accuracy = evaluator.mean(split.windows, rows, max_batches)
+    return {
+        'val_loss': loss,
+        'val_ppl': math.exp(min(loss, 700)),  # beyond that it would overflow
+        'val_acc': accuracy,
+        'val_bpb': loss / math.log(2) * split.n_tokens / split.n_bytes,
+    }
+
+
+def training_metrics(evaluator, split, n_rows):
+    """Evaluate on n_rows windows, always the same, spread evenly over the training split."""
+    last = (split.n_tokens - 1) // evaluator.block_size - 1
+    windows = np.unique(np.linspace(0, last, n_rows, dtype=int))
+    loss, accuracy = evaluator.mean(split.windows, windows * evaluator.block_size)
+    return {'train_loss': loss, 'train_acc': accuracy}
+
+
+# infilling --------------------------------------------------------------------
+
+def find_infill_rows(split, block_size):
+    """Return the stories of a split that data/infill.py has turned around and that fit into block_size.
+
+    Returns two lists of (ids, number of ids before the middle); ids is a 1-D int array that ends in the
+    delimiter of the next story. In the second list each story has the last sentence of the next one instead
+    of its own. Both lists have the same middles: those of the stories that fit with either end.
     """
     if not split.meta.get('infill_rate'):
         return [], []
-    delimiter, blank, middle = (split.meta[name] for name in ('delimiter', 'blank', 'middle'))
-    starts = [start + np.flatnonzero(shard == delimiter)
-              for shard, start in zip(split.shards, split.starts, strict=True)]
-    starts = np.concatenate([*starts, [split.n_tokens]]).tolist()
-    stories = []
-    for start, stop in pairwise(starts):
-        ids = split.read(start, stop - start).astype(np.int64)
-        marks = np.flatnonzero((ids == blank) | (ids == middle))
-        if len(marks):
-            stories.append(np.split(ids, marks))
+    stories = find_infilled_stories(split)
     if len(stories) < 2:
         return [], []
+    delimiter = split.meta['delimiter']
     own, shuffled = [], []
-    for (prefix, suffix, rest), (_, next_suffix, _) in zip(stories, stories[1:] + stories[:1], strict=True):
-        if len(prefix) + max(len(suffix), len(next_suffix)) + len(rest) <= block_size:
-            for rows, end in (own, suffix), (shuffled, next_suffix):
-                ids = np.concatenate((prefix, end, rest, [delimiter]))
-                rows.append((ids, len(prefix) + len(end) + 1))
+    for story, next_story in zip(stories, stories[1:] + stories[:1], strict=True):
+        prefix, suffix, middle = story
+        _, other_suffix, _ = next_story
+        longest = len(prefix) + max(len(suffix), len(other_suffix)) + len(middle)
+        if longest > block_size:
+            continue
+        for rows, end in (own, suffix), (shuffled, other_suffix):
+            ids = np.concatenate((prefix, end, middle, [delimiter]))
+            n_before = len(prefix) + len(end) + 1  # the first id of `middle` is the <middle> token
+            rows.append((ids, n_before))
     return own, shuffled
 
 
-def padded(rows, block_size):
-    """Inputs and targets of `infill_rows`, int64 arrays (rows, block_size): targets are -1, which the loss
-    ignores, but for the middles and the delimiters that close the stories."""
+def find_infilled_stories(split):
+    """Return (prefix, suffix, middle) of each story that was turned around, as int64 arrays.
+
+    The prefix begins with the delimiter, the suffix with <blank> and the middle with <middle>.
+    """
+    delimiter, blank, middle = (split.meta[name] for name in ('delimiter', 'blank', 'middle'))
+    starts = [start + np.flatnonzero(split.read(start, PIECE) == delimiter)
+              for start in range(0, split.n_tokens, PIECE)]
+    bounds = [*np.concatenate(starts).tolist(), split.n_tokens]
+    stories = []
+    for start, stop in pairwise(bounds):
+        ids = split.read(start, stop - start).astype(np.int64)
+        marks = np.flatnonzero((ids == blank) | (ids == middle))
+        if len(marks) == 2:
+            stories.append(np.split(ids, marks))
+    return stories
+
+
+def pad_infill_rows(rows, block_size):
+    """Return inputs and targets of `find_infill_rows`, int64 arrays (len(rows), block_size).
+
+    Targets are -1, which the loss ignores, except for the middles and the delimiters after them.
+    """
     x = np.zeros((len(rows), block_size), np.int64)
     y = np.full((len(rows), block_size), -1)
-    for i, (ids, before) in enumerate(rows):
+    for i, (ids, n_before) in enumerate(rows):
         x[i, :len(ids) - 1] = ids[:-1]
-        y[i, before - 1:len(ids) - 1] = ids[before:]
+        y[i, n_before - 1:len(ids) - 1] = ids[n_before:]
     return x, y

@@ -1,18 +1,23 @@
-"""The optimizers: Muon for the matrices of the blocks, AdamW for the rest."""
+"""The optimizers: Muon for the matrices of the blocks, AdamW for everything else."""
+
+import math
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-NEWTON_SCHULZ = 3.4445, -4.775, 2.0315  # of x, x x' x and x x' x x' x: steepest at 0 (Jordan 2024)
+# coefficients of x, (x x') x and (x x')^2 x, chosen for the steepest slope at 0 (Jordan 2024)
+NEWTON_SCHULZ = 3.4445, -4.775, 2.0315
+NEWTON_SCHULZ_STEPS = 5
 
 
 class Muon(torch.optim.Optimizer):
-    """Adds to each matrix its momentum made nearly orthogonal (Jordan 2024), its rows of equal norm before.
+    """Momentum that is made nearly orthogonal before it is added to a matrix (Jordan 2024).
 
-    Matrices of one shape are stacked: 12 products for all of them, not 12 for each. With several ranks each
-    orthogonalises its share of a stack and hands it on, as all have the same gradients. The rate of a matrix
-    taller than wide is larger by sqrt(rows / columns). Every parameter must have a gradient.
+    Every row of the momentum is scaled to the same norm first (MuonEq-R). Matrices of one shape are stacked,
+    so that one batched product serves all of them. With several ranks, each orthogonalises its share of a
+    stack and the shares are exchanged. The learning rate of a matrix that is taller than wide is larger by
+    sqrt(rows / columns). Every parameter must have a gradient.
     """
 
     def __init__(self, params, lr, weight_decay, momentum=0.9):
@@ -21,60 +26,115 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            lr, momentum = group['lr'], group['momentum']
-            for rows, columns in dict.fromkeys(p.shape for p in group['params']):
-                params = [p for p in group['params'] if p.shape == (rows, columns)]
-                buffers = [self.state[p].setdefault('momentum_buffer', torch.zeros_like(p)) for p in params]
-                grads = torch.stack([p.grad for p in params])
-                mean = torch.stack(buffers).lerp_(grads, 1 - momentum)
-                torch._foreach_copy_(buffers, mean.unbind())
-                steps = in_shares(grads.lerp_(mean, momentum))  # Nesterov's: a step ahead
-                torch._foreach_mul_(params, 1 - lr * group['weight_decay'])
-                torch._foreach_add_(params, steps.unbind(), alpha=-lr * max(1, rows / columns) ** 0.5)
+            shapes = dict.fromkeys(p.shape for p in group['params'])  # in order, each once
+            for shape in shapes:
+                params = [p for p in group['params'] if p.shape == shape]
+                self.step_stack(params, group)
+
+    def step_stack(self, params, group):
+        """Update all matrices of one shape."""
+        rows, columns = params[0].shape
+        momentum = group['momentum']
+        buffers = [self.momentum_buffer(p) for p in params]
+        grads = torch.stack([p.grad for p in params])
+        mean = torch.stack(buffers).lerp_(grads, 1 - momentum)
+        torch._foreach_copy_(buffers, mean.unbind())
+        nesterov = grads.lerp_(mean, momentum)
+        updates = orthogonalize_on_all_ranks(nesterov)
+        lr = group['lr'] * max(1, rows / columns) ** 0.5
+        torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
+        torch._foreach_add_(params, updates.unbind(), alpha=-lr)
+
+    def momentum_buffer(self, p):
+        state = self.state[p]
+        if 'momentum_buffer' not in state:
+            state['momentum_buffer'] = torch.zeros_like(p)
+        return state['momentum_buffer']
 
 
-def in_shares(stack):
-    """orthogonalised(stack), of which each rank computes a part."""
-    if not dist.is_initialized():
-        return orthogonalised(stack)
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    share = -(-len(stack) // world_size)
-    padded = F.pad(stack, (0, 0, 0, 0, 0, share * world_size - len(stack)))
-    part = orthogonalised(padded[rank * share:(rank + 1) * share]).contiguous()
-    whole = part.new_empty(padded.shape)
-    dist.all_gather_into_tensor(whole.view(torch.uint8), part.view(torch.uint8))  # gloo knows no bfloat16
-    return whole[:len(stack)]
+def orthogonalize(stack):
+    """Return the matrices of a stack (n, rows, columns) with singular values near 1 (0.7 to 1.2).
 
-
-def orthogonalised(stack):
-    """Each matrix of a stack (n, rows, columns) with rows of one norm (MuonEq-R) and then singular values
-    near 1 (0.7 to 1.2): by five steps of Newton-Schulz, in bfloat16 as those of torch.optim.Muon."""
-    x = (stack / stack.norm(dim=-1, keepdim=True).clamp(min=1e-30)).bfloat16()
-    x = x.mT if x.size(1) > x.size(2) else x
+    Each row is scaled to norm 1 first. Then come five steps of a Newton-Schulz iteration in bfloat16, as in
+    torch.optim.Muon.
+    """
+    x = stack / stack.norm(dim=-1, keepdim=True).clamp(min=1e-30)
+    x = x.bfloat16()
+    is_tall = stack.size(1) > stack.size(2)
+    if is_tall:
+        x = x.mT
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     a, b, c = NEWTON_SCHULZ
-    for _ in range(5):
+    for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if stack.size(1) > stack.size(2) else x
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b gram + c gram^2
+        x = torch.baddbmm(x, polynomial, x, beta=a)  # a x + polynomial x
+    return x.mT if is_tall else x
+
+
+def orthogonalize_on_all_ranks(stack):
+    """Return orthogonalize(stack); every rank computes a share, as all have the same gradients."""
+    if not dist.is_initialized():
+        return orthogonalize(stack)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    share = math.ceil(len(stack) / world_size)
+    missing = share * world_size - len(stack)
+    padded = F.pad(stack, (0, 0, 0, 0, 0, missing))
+    ours = orthogonalize(padded[rank * share:(rank + 1) * share]).contiguous()
+    everything = ours.new_empty(padded.shape)
+    dist.all_gather_into_tensor(everything.view(torch.uint8), ours.view(torch.uint8))  # gloo has no bfloat16
+    return everything[:len(stack)]
 
 
 def make_optimizers(model, optimizer, learning_rate, weight_decay, betas):
-    """A list of optimizers that share out all parameters; each group's `peak_lr` is what the schedule scales.
+    """Return a list of optimizers that share all parameters; the schedule scales each group's 'peak_lr'.
 
-    Muon (Jordan 2024) takes the matrices of the blocks, AdamW embeddings, head, norms and biases; or it takes
-    all, where `optimizer` is 'adamw'. learning_rate: of AdamW; 0: as train.py says.
+    optimizer: 'muon' (the matrices of the blocks; AdamW takes embeddings, head, norms and biases) or 'adamw'
+    (everything). learning_rate: AdamW's peak; Muon's is twice that. 0: 0.01 with Muon, 1e-3 without.
     """
-    in_blocks = {name for name, p in model.named_parameters() if p.dim() == 2 and name.startswith('blocks.')}
-    by_muon = in_blocks if optimizer == 'muon' else set()
-    adamw_lr = learning_rate or (0.01 if optimizer == 'muon' else 1e-3)
-    rest = [p for name, p in model.named_parameters() if name not in by_muon]
-    groups = [{'params': [p for p in rest if p.dim() == 2], 'weight_decay': weight_decay},
-              {'params': [p for p in rest if p.dim() != 2], 'weight_decay': 0.0}]
-    optimizers = [torch.optim.AdamW(groups, lr=adamw_lr, betas=betas, fused=True)]
-    if by_muon:
-        matrices = [p for name, p in model.named_parameters() if name in by_muon]
-        optimizers.insert(0, Muon(matrices, lr=2 * adamw_lr, weight_decay=weight_decay))
-    for group in (group for opt in optimizers for group in opt.param_groups):
-        group['peak_lr'] = group['lr']
+    if learning_rate == 0:
+        learning_rate = 0.01 if optimizer == 'muon' else 1e-3
+    muon_params, decayed, not_decayed = [], [], []
+    for name, p in model.named_parameters():
+        if p.dim() != 2:
+            not_decayed.append(p)
+        elif optimizer == 'muon' and name.startswith('blocks.'):
+            muon_params.append(p)
+        else:
+            decayed.append(p)
+    groups = [{'params': decayed, 'weight_decay': weight_decay}, {'params': not_decayed, 'weight_decay': 0.0}]
+    optimizers = [torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)]
+    if muon_params:
+        optimizers.insert(0, Muon(muon_params, lr=2 * learning_rate, weight_decay=weight_decay))
+    for opt in optimizers:
+        for group in opt.param_groups:
+            group['peak_lr'] = group['lr']
     return optimizers
+
+
+def set_learning_rate(optimizers, factor):
+    """Set every learning rate to `factor` times its peak."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group['lr'] = factor * group['peak_lr']
+
+
+def clip_and_step(model, optimizers, scaler, grad_clip):
+    """Clip the gradients to the norm `grad_clip` (0: do not clip), update, and return the norm before.
+
+    In float16 an inf or nan in the gradients skips the update and halves the loss scale. That is decided
+    here, not by scaler.step(): it looks at the gradients of each optimizer on its own, so that one optimizer
+    could step while the other does not, and clip_grad_norm_ has spread the inf or nan to all gradients.
+    """
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    if scaler.is_enabled() and not grad_norm.isfinite():
+        scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
+        scaler.load_state_dict(scaler.state_dict() | {'_growth_tracker': 0})  # count good steps from here
+    else:
+        for optimizer in optimizers:
+            optimizer.step()
+        scaler.update()
+    model.zero_grad(set_to_none=True)
+    return grad_norm

@@ -1,185 +1,245 @@
-"""What a run shows of its way, and keeps of it: plain lines, or on a terminal one that renews itself;
-metrics.jsonl; samples.jsonl, a story from the same prompt and seed an evaluation; loss.png; a tracker."""
+"""What a run shows and records: log lines or a progress bar, metrics.jsonl, samples.jsonl, loss.png."""
 
 import contextlib
 import importlib
 import json
+import math
 import os
-import platform
 import re
-import shlex
 import sys
 import time
-from operator import methodcaller
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
-from configurator import UserError, one_of, printable, user_errors
-from core.checkpoint import FILES
-from core.distributed import resume_command
-from data.files import write_atomically
+from configurator import one_of, printable, user_errors
+from core.device import describe_hardware, peak_flops
+from data.files import write_bytes_atomically
 
 
 def check_tracker(track):
-    """Raises SettingError for another package than we know, ModuleNotFoundError where it is not installed."""
+    """Raise SettingError for an unknown tracker, ModuleNotFoundError if its package is not installed."""
     if track:
         one_of(('wandb', 'trackio'), track=track)
         importlib.import_module(track)
 
 
+def make_progress(run, max_steps, tokens_per_step, device, dtype, ranks):
+    """Return the Progress of a Run; that of a rank other than 0 shows and records nothing."""
+    if ranks.rank > 0:
+        return NoProgress()
+    peak_tokens_per_s = peak_flops(device) * ranks.world_size / run.model.flops_per_token()
+    hardware = describe_hardware(device, dtype, ranks.world_size)
+    return Progress(run.folder, run.step, max_steps, tokens_per_step, peak_tokens_per_s, hardware,
+                    run.settings)
+
+
+class NoProgress:
+    """The progress of a rank that shows and records nothing."""
+
+    def log_step(self, step, seconds, **figures):
+        pass
+
+    def log_evaluation(self, step, metrics, prompt, story):
+        pass
+
+    def close(self):
+        pass
+
+
 class Progress:
-    """Rank 0 has one, once the run in `folder`, a RunFolder, has begun or goes on at step `it`."""
+    """The progress of rank 0, from the step at which the run starts or is resumed."""
 
-    def __init__(self, folder, it, n_iters, step_tokens, peak, hardware, settings):
-        """peak: tokens/s that the hardware could compute at most, 0 if that is not known. settings: of the
-        run, of which `track` and `log_interval` count here."""
-        self.folder, self.n_iters, self.step_tokens, self.peak = folder, n_iters, step_tokens, peak
+    def __init__(self, folder, start_step, max_steps, tokens_per_step, peak_tokens_per_s, hardware, settings):
+        """folder: a RunFolder. peak_tokens_per_s: what the hardware can compute at most; 0: not known.
+
+        settings: all settings of the run; `track` and `log_interval` are used here.
+        """
+        self.folder = folder
+        self.start_step = start_step
+        self.max_steps = max_steps
+        self.tokens_per_step = tokens_per_step
+        self.peak_tokens_per_s = peak_tokens_per_s
         self.log_interval = settings['log_interval']
-        self.before = max((record.get('seconds', 0) for record in folder.records()), default=0)
-        self.start = self.line = it, 0.0  # step, seconds of this process: at its start, at the last line
-        self.no_picture = False  # which was told
-        self.bar = tqdm(total=n_iters, initial=it, file=sys.stdout, disable=not sys.stdout.isatty(),
+        self.seconds_before = max((record.get('seconds', 0) for record in folder.records()), default=0)
+        self.seconds = 0.0  # of training, in this process
+        self.skipped_steps = 0
+        self.logged_step = start_step  # where the last log line ended, and when
+        self.logged_seconds = 0.0
+        self.warned = False
+        self.bar = tqdm(total=max_steps, initial=start_step, file=sys.stdout, disable=not sys.stdout.isatty(),
                         leave=False, dynamic_ncols=True, bar_format='{n_fmt}/{total_fmt} {bar} {desc}')
-        name = re.sub(r'[^\w.-]', '-', folder.path.resolve().name)
-        name = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        if folder.resume:
-            name = run_facts(folder.path).get('name', name)
-        facts = {'name': name, 'hardware': hardware} | settings
-        text = json.dumps(facts, indent=1).encode()
-        write_atomically(folder.path / 'run.json', methodcaller('write', text))
-        self.tracker = None
-        if track := settings['track']:
-            self.tracker = importlib.import_module(track)
-            os.environ.setdefault('WANDB_RUN_ID', name)  # wandb knows a run by it, trackio by its name
-            with user_errors(track, 'does not begin'):
-                self.tracker.init(project='tiny-stories', name=name, config=facts, resume='allow')
+        facts = {'name': self.choose_name(), 'hardware': hardware} | settings
+        write_bytes_atomically(folder.path / 'run.json', json.dumps(facts, indent=1).encode())
+        self.tracker = start_tracker(settings['track'], facts)
 
-    def say(self, text):
-        # above the line that renews itself; a terminal that was closed ends no run before it has saved
+    def choose_name(self):
+        """Return the name by which a tracker knows the run; a resumed run keeps its name."""
+        if self.folder.resume:
+            facts = read_run_facts(self.folder.path)
+            if facts:
+                return facts['name']
+        name = re.sub(r'[^\w.-]', '-', self.folder.path.resolve().name)
+        return f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+    def log_step(self, step, seconds, **figures):
+        """Show a finished step, and record its figures (loss, lr, grad_norm) if a log line is due.
+
+        seconds: how long the step took. A step whose grad_norm is not finite was skipped.
+        """
+        self.seconds += seconds
+        if not math.isfinite(figures['grad_norm']):
+            self.skipped_steps += 1
+        n_steps = step + 1 - self.logged_step
+        tokens_per_s = n_steps * self.tokens_per_step / (self.seconds - self.logged_seconds)
+        status = self.status(step, tokens_per_s)
+        self.bar.set_description_str(f"loss {figures['loss']:.4f}, {status}", refresh=False)
+        with contextlib.suppress(OSError):  # a terminal that was closed
+            self.bar.update()
+        if step % self.log_interval == 0:
+            self.logged_step = step + 1
+            self.logged_seconds = self.seconds
+            self.record(step, **figures, tokens_per_s=tokens_per_s)
+            if self.bar.disable:
+                self.print(f"step {step}/{self.max_steps}: loss {figures['loss']:.4f}, "
+                           f"lr {figures['lr']:.2e}, grad norm {figures['grad_norm']:.2f}, {status}")
+
+    def status(self, step, tokens_per_s):
+        """Return the speed and the time left, in words."""
+        steps_left = self.max_steps - step - 1
+        seconds_per_step = self.seconds / (step + 1 - self.start_step)
+        parts = [f'{tokens_per_s:,.0f} tokens/s',
+                 f'{tqdm.format_interval(steps_left * seconds_per_step)} left']
+        if self.peak_tokens_per_s > 0:
+            parts.append(f'MFU {tokens_per_s / self.peak_tokens_per_s:.1%}')
+        if self.skipped_steps > 0:
+            parts.append(f'{self.skipped_steps} steps skipped')
+        return ', '.join(parts)
+
+    def log_evaluation(self, step, metrics, prompt, story):
+        """Show and record an evaluation, and the story that the model wrote after `prompt`; draw loss.png."""
+        self.print(f'step {step}: ' + ', '.join(f'{name} {value:.4f}' for name, value in metrics.items()))
+        self.print('    ' + story.replace('\n', '\n    '))
+        self.record(step, **metrics)
+        self.folder.record('samples.jsonl', iter=step, prompt=prompt, story=story)
+        if self.tracker:
+            self.tracker.log({'story': story}, step=step)
+        self.draw()
+
+    def print(self, text):
+        """Print above the progress bar. A closed terminal must not end the run before it has saved."""
         with contextlib.suppress(OSError), tqdm.external_write_mode():
             print(printable(text), flush=True)
 
-    def keep(self, it, seconds, **figures):
-        """A line of metrics.jsonl, for the tracker too. seconds: of training, in this process."""
-        figures |= {'seconds': round(self.before + seconds, 2)}
-        self.folder.record(iter=it, **figures)
+    def record(self, step, **figures):
+        """Add a line to metrics.jsonl, and to the tracker. JSON has no inf, the norm of a skipped step."""
+        figures = {name: value for name, value in figures.items() if math.isfinite(value)}
+        figures['seconds'] = round(self.seconds_before + self.seconds, 2)
+        self.folder.record(iter=step, **figures)
         if self.tracker:
-            self.tracker.log(figures, step=it)
+            self.tracker.log(figures, step=step)
 
-    def step(self, it, seconds, skipped, **figures):
-        """Show step `it` of the run, which is done, and keep its figures (loss, lr, grad_norm) if a line is
-        due. skipped: how many steps were, for an overflow."""
-        (start_it, _), (line_it, line_seconds) = self.start, self.line
-        speed = (it + 1 - line_it) * self.step_tokens / (seconds - line_seconds)
-        left = tqdm.format_interval((self.n_iters - it - 1) * seconds / (it + 1 - start_it))
-        end = (f'{speed:,.0f} tokens/s, {left} left' + (f', MFU {speed / self.peak:.1%}' if self.peak else '')
-               + (f', {skipped} steps skipped' if skipped else ''))
-        self.bar.set_description_str(f"loss {figures['loss']:.4f}, {end}", refresh=False)
-        with contextlib.suppress(OSError):
-            self.bar.update()
-        if it % self.log_interval == 0:
-            self.line = it + 1, seconds
-            self.keep(it, seconds, **figures, tokens_per_s=speed)
-            if self.bar.disable:
-                self.say(f"step {it}/{self.n_iters}: loss {figures['loss']:.4f}, lr {figures['lr']:.2e}, "
-                         f"grad norm {figures['grad_norm']:.2f}, {end}")
-
-    def evaluated(self, it, seconds, result, prompt, story):
-        """Show and keep an evaluation, and the story that the model wrote after `prompt`."""
-        self.say(f'step {it}: ' + ', '.join(f'{name} {value:.4f}' for name, value in result.items()))
-        self.say('    ' + story.replace('\n', '\n    '))
-        self.keep(it, seconds, **result)
-        self.folder.record('samples.jsonl', iter=it, prompt=prompt, story=story)
-        if self.tracker:
-            self.tracker.log({'story': story}, step=it)
-        self.plot()
-
-    def plot(self):
-        """Draw metrics.jsonl as loss.png, if there is matplotlib."""
+    def draw(self):
+        """Draw metrics.jsonl as loss.png, if matplotlib is there."""
         try:
             from matplotlib.figure import Figure  # takes half a second to import
-        except Exception as error:  # none, or one that does not suit
-            if not self.no_picture:
-                self.say(f'no loss.png is drawn ({error}): pip install matplotlib')
-            self.no_picture = True
+        except Exception as error:  # not installed, or one that does not suit
+            if not self.warned:
+                self.print(f'loss.png was not drawn ({error}): pip install matplotlib')
+            self.warned = True
             return
-        records = self.folder.records()
-
-        def points(key):
-            found = [(record['iter'], record[key]) for record in records if key in record]
-            return np.array(found, float).reshape(-1, 2).T
-
         figure = Figure(figsize=(8, 7), layout='constrained')
-        losses, rates = figure.subplots(2, height_ratios=(3, 1), sharex=True)
-        steps, raw = points('loss')
-        losses.plot(steps, raw, 'C0', alpha=0.25)
-        losses.plot(steps, smoothed(raw), 'C0', label='training, smoothed')
-        losses.plot(*points('val_part_loss'), 'C1', alpha=0.6, label='validation, a part')
-        losses.plot(*points('val_loss'), 'C1o', label='validation')
-        losses.set(yscale='log', ylabel='loss (nats per token)')
-        low, high = losses.get_ylim()
-        ticks = [tick for tick in np.outer(10.0**np.arange(-5, 5), (1, 2, 5)).flat if low <= tick <= high]
-        ticks = ticks if len(ticks) > 2 else np.geomspace(low, high, 6)
-        losses.set_yticks(ticks, [f'{tick:.3g}' for tick in ticks])
-        losses.minorticks_off()
-        losses.grid(alpha=0.3)
-        losses.legend()
-        tokens = losses.secondary_xaxis('top', functions=(lambda step: step * self.step_tokens / 1e6,
-                                                          lambda tokens: tokens * 1e6 / self.step_tokens))
-        tokens.set_xlabel('million tokens')
-        rates.plot(*points('lr'), 'C2')
-        rates.set(xlabel='step')
-        rates.set_ylabel('learning rate', color='C2')
-        accuracy = rates.twinx()
-        accuracy.plot(*points('val_acc'), 'C3o-')
-        accuracy.set_ylabel('validation accuracy', color='C3')
+        plot_metrics(figure, self.folder.records(), self.tokens_per_step)
         figure.savefig(self.folder.path / 'loss.png')
 
     def close(self):
-        """Take away the line that renews itself, and tell the tracker that all is said."""
+        """Remove the progress bar and finish the tracker."""
         with contextlib.suppress(OSError):
             self.bar.close()
         if self.tracker:
             self.tracker.finish()
 
 
-def diverged(it, what, out_dir, rate):
-    """The UserError for a run whose loss, gradients or weights are not finite. rate: AdamW's peak."""
-    if not os.path.exists(os.path.join(out_dir, FILES['best'])):
-        return UserError(f'step {it}: {what}, before anything was saved: begin with other weights')
-    good, last = (shlex.quote(os.path.join(out_dir, FILES[name])) for name in ('best', 'last'))
-    return UserError(f'step {it}: {what}. {good} is good: go on from it with a lower rate (or, in float16, '
-                     f'with --dtype float32): cp {good} {last} && {resume_command(out_dir)} --learning_rate '
-                     f'{min(rate / 10, 0.005):g}')
+def start_tracker(track, facts):
+    """Start wandb or trackio for a run and return its module, or None if `track` is ''."""
+    if not track:
+        return None
+    tracker = importlib.import_module(track)
+    os.environ.setdefault('WANDB_RUN_ID', facts['name'])  # wandb knows a run by its id, trackio by its name
+    with user_errors(track, 'could not start a run'):
+        tracker.init(project='tiny-stories', name=facts['name'], config=facts, resume='allow')
+    return tracker
 
 
-def smoothed(values):
-    """The exponential moving average of a curve, over a hundredth of it: a float array (len(values),)."""
-    keep, mean, out = 1 - 1 / (1 + len(values) / 100), 0.0, np.empty(len(values))
+def read_run_facts(folder):
+    """Return {'name', 'hardware'} of a run, from its run.json; {} if there is none."""
+    path = Path(folder) / 'run.json'
+    if not path.exists():
+        return {}
+    with user_errors(path):
+        facts = json.loads(path.read_bytes())
+        if not isinstance(facts, dict):
+            raise ValueError('it is not an object')
+        return {key: str(facts[key]) for key in ('name', 'hardware')}
+
+
+# loss.png ---------------------------------------------------------------------
+
+def plot_metrics(figure, records, tokens_per_step):
+    """Draw losses, learning rate and accuracy of metrics.jsonl into a matplotlib figure."""
+    losses, rates = figure.subplots(2, height_ratios=(3, 1), sharex=True)
+
+    steps, loss = curve(records, 'loss')
+    losses.plot(steps, loss, 'C0', alpha=0.25)
+    losses.plot(steps, smooth(loss), 'C0', label='training, smoothed')
+    losses.plot(*curve(records, 'val_loss'), 'C1o-', label='validation')
+    losses.set(yscale='log', ylabel='loss (nats per token)')
+    set_loss_ticks(losses)
+    losses.grid(alpha=0.3)
+    losses.legend()
+
+    def to_million_tokens(step):
+        return step * tokens_per_step / 1e6
+
+    def to_step(million_tokens):
+        return million_tokens * 1e6 / tokens_per_step
+
+    top = losses.secondary_xaxis('top', functions=(to_million_tokens, to_step))
+    top.set_xlabel('million tokens')
+
+    rates.plot(*curve(records, 'lr'), 'C2')
+    rates.set(xlabel='step')
+    rates.set_ylabel('learning rate', color='C2')
+    accuracy = rates.twinx()
+    accuracy.plot(*curve(records, 'val_acc'), 'C3o-')
+    accuracy.set_ylabel('validation accuracy', color='C3')
+
+
+def curve(records, key):
+    """Return the steps and the values of a metric, two arrays."""
+    steps = [record['iter'] for record in records if key in record]
+    values = [record[key] for record in records if key in record]
+    return np.array(steps, float), np.array(values, float)
+
+
+def smooth(values):
+    """Return the exponential moving average of a curve, over a hundredth of its length."""
+    keep = 1 - 1 / (1 + len(values) / 100)
+    mean = 0.0
+    smoothed = np.empty(len(values))
     for i, value in enumerate(values):
         mean = keep * mean + (1 - keep) * value
-        out[i] = mean / (1 - keep ** (i + 1))  # as if there had been the same before
-    return out
+        smoothed[i] = mean / (1 - keep ** (i + 1))  # without the bias towards the 0 at the start
+    return smoothed
 
 
-def run_facts(folder):
-    """What run.json says of a run: its name for trackers and its hardware; {} where there is none."""
-    path = Path(folder) / 'run.json'
-    with user_errors(path):
-        facts = json.loads(path.read_bytes()) if path.exists() else {}
-        return {'name': str(facts['name']), 'hardware': str(facts['hardware'])} if facts else {}
-
-
-def hardware(device, dtype, world_size):
-    """What a run computes on, in words."""
-    if device.type == 'cuda':
-        name = torch.cuda.get_device_name(device)
-    else:
-        cpus, name = Path('/proc/cpuinfo'), platform.processor() or platform.machine()
-        found = re.search(r'model name\s*: (.*)', cpus.read_text()) if cpus.exists() else None
-        name = f"{found[1] if found else name}, threads: {torch.get_num_threads()}"
-    count = f'{world_size} x ' if world_size > 1 else ''
-    return f"{count}{device.type} ({name}) in {str(dtype)[6:]}, torch {torch.__version__}"
+def set_loss_ticks(axes):
+    """Label a logarithmic axis at 1, 2 and 5 times powers of ten; evenly if it shows too few of these."""
+    low, high = axes.get_ylim()
+    ticks = np.outer(10.0 ** np.arange(-5, 5), (1, 2, 5)).ravel()
+    ticks = ticks[(ticks >= low) & (ticks <= high)]
+    if len(ticks) <= 2:
+        ticks = np.geomspace(low, high, 6)
+    axes.set_yticks(ticks, [f'{tick:.3g}' for tick in ticks])
+    axes.minorticks_off()

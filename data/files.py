@@ -13,8 +13,9 @@ from configurator import UserError
 def lock_folder(folder, advice):
     """Lock `folder` for this process and return the lock, a context manager that releases it.
 
-    Keep what is returned: the lock ends with it, and with the process, however that ends. Raises UserError,
-    which ends in `advice`, if another process holds the lock.
+    Keep what is returned: the lock ends when it is deleted, and with the process, however that ends. The file
+    `.lock` stays in the folder; it does not matter.
+    Raises UserError, which ends in `advice`, if another process holds the lock.
     """
     try:
         return FileLock(Path(folder, '.lock')).acquire(blocking=False)
@@ -26,7 +27,7 @@ def lock_folder(folder, advice):
 def report_write_errors(path, flag='--out_dir'):
     """Turn an error while writing to `path` (disk full, read-only, folder gone) into a UserError.
 
-    flag: the setting that names another place.
+    flag: the setting with which a user names another place.
     """
     try:
         yield
@@ -37,20 +38,20 @@ def report_write_errors(path, flag='--out_dir'):
         if not reason:
             raise
         if isinstance(error, FileNotFoundError) or isinstance(error.__context__, FileNotFoundError):
-            advice = 'the folder was removed or renamed meanwhile'
+            advice = 'the folder was removed or renamed while in use'
         else:
-            advice = f'make room or name another {flag}; what was saved before, if anything, is whole'
+            advice = f'free some space or name another {flag}; what was saved before is whole'
         raise UserError(f'cannot write {path} ({reason}): {advice}') from error
 
 
 def write_error(error):
-    """Return why the file system refused to write, or '' if `error` says nothing of the kind.
+    """Return why the file system refused to write, or '' if `error` has another cause.
 
-    torch.save hides an OSError behind an error of its own; libraries in Rust have it in words only.
+    torch.save raises an error of its own while it handles an OSError; libraries in Rust only quote it.
     """
-    in_words = re.search(r'([\w ]+) \(os error \d+\)', str(error))
-    if in_words:
-        return in_words[1].strip()
+    quoted = re.search(r'([\w ]+) \(os error \d+\)', str(error))
+    if quoted:
+        return quoted[1].strip()
     for cause in error, error.__context__:
         if isinstance(cause, OSError):
             return cause.strerror or f'no room: {cause}'
@@ -75,3 +76,12 @@ def write_atomically(path, write):
             os.close(folder)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_bytes_atomically(path, data):
+    """Put `data` at `path`, whole or not at all."""
+
+    def write(file):
+        file.write(data)
+
+    write_atomically(path, write)

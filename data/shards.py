@@ -1,4 +1,13 @@
-"""Token shards, flat little-endian uint16 files that are one stream: write them, map them, serve batches."""
+"""Write and read token shards, flat files of little-endian uint16 that form one stream, and serve batches.
+
+A prepared folder holds train_00000.bin, val_00000.bin and so on, the tokenizer's file, and meta.json:
+
+    {"encoding": "char", "vocab_size": 360, "delimiter": 1, "blank": 358, "middle": 359,
+     "source": "roneneldan/TinyStories", "infill_rate": 0.0,
+     "splits": {"train": {"stories": 2, "tokens": 150, "bytes": 148,
+                          "shards": [{"name": "train_00000.bin", "tokens": 150, "sha256": "..."}]},
+                "val": {...}}}
+"""
 
 import bisect
 import contextlib
@@ -9,6 +18,7 @@ import math
 import mmap
 import os
 import re
+import reprlib
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -17,20 +27,24 @@ from pathlib import Path
 import numpy as np
 
 from configurator import SettingError, UserError, user_errors
-from data.files import lock_folder
+from data.files import lock_folder, report_write_errors
 
-SHARD_TOKENS = 100_000_000
+SHARD_TOKENS = 100_000_000  # at most, per file
 SPLITS = 'train', 'val'
 PREPARED = re.compile(r'(train|val)_\d{5}\.bin|tokenizer\.(json|model|tiktoken)')  # what prepare.py writes
 PREPARE = 'run data/tiny_stories/prepare.py, or name a prepared folder with --dataset'
 
 
+# writing ------------------------------------------------------------------------
+
 class ShardWriter:
-    """Writes one split's tokens to `folder/SPLIT_00000.bin, ...`, at most `shard_tokens` each."""
+    """Write one split's tokens to `folder/SPLIT_00000.bin, ...`, at most `shard_tokens` tokens each."""
 
     def __init__(self, folder, split, shard_tokens=SHARD_TOKENS):
-        self.folder, self.split, self.shard_tokens = Path(folder), split, shard_tokens
-        self.shards = []  # what meta.json says of each, but for the hash, which is not finished
+        self.folder = Path(folder)
+        self.split = split
+        self.shard_tokens = shard_tokens
+        self.shards = []  # the entries of meta.json, each with an unfinished hash
 
     def write(self, tokens):
         """Append `tokens`, a 1-D uint16 array."""
@@ -39,171 +53,25 @@ class ShardWriter:
                 name = f'{self.split}_{len(self.shards):05d}.bin'
                 self.shards.append({'name': name, 'tokens': 0, 'sha256': hashlib.sha256()})
             shard = self.shards[-1]
-            head, tokens = np.split(tokens, [self.shard_tokens - shard['tokens']])
-            data = head.astype('<u2', copy=False).tobytes()
-            with open(self.folder / shard['name'], 'ab' if shard['tokens'] else 'wb') as file:
+            room = self.shard_tokens - shard['tokens']
+            data = tokens[:room].astype('<u2', copy=False).tobytes()
+            mode = 'ab' if shard['tokens'] else 'wb'
+            with open(self.folder / shard['name'], mode) as file:
                 file.write(data)
             shard['sha256'].update(data)
-            shard['tokens'] += len(head)
+            shard['tokens'] += len(data) // 2
+            tokens = tokens[room:]
 
     def close(self):
-        """What meta.json says of the shards: a list of {name, tokens, sha256}."""
+        """Return the shards' entries of meta.json: a list of {name, tokens, sha256}."""
         return [shard | {'sha256': shard['sha256'].hexdigest()} for shard in self.shards]
 
 
-def is_count(value):
-    return isinstance(value, int) and 0 < value < 2**63
-
-
-def read_meta(folder):
-    """The meta.json of a prepared folder, a dict. Raises UserError where there is none or it is damaged."""
-    path = Path(folder) / 'meta.json'
-    if not path.is_file():
-        raise UserError(f'{folder} holds no prepared data (no meta.json): {PREPARE}')
-    with user_errors(path, f'is damaged ({PREPARE})'):
-        meta = json.loads(path.read_text(encoding='utf-8'))
-        for split in SPLITS:
-            for shard in meta['splits'][split]['shards']:
-                if Path(shard['name']).name != shard['name']:
-                    raise UserError(f"{path}: shard name {shard['name']!r} is not a plain file name")
-                if not (is_count(shard['tokens']) and isinstance(shard['sha256'], str)):
-                    raise ValueError(f"{shard['name']} has no tokens or no hash")
-            if not is_count(meta['splits'][split]['bytes']):
-                raise ValueError(f'{split} has no text')
-        ids = [meta[name] for name in ('delimiter', 'blank', 'middle') if name in meta]
-        if not (isinstance(meta['encoding'], str) and all(map(is_count, (meta['vocab_size'], *ids)))):
-            raise ValueError('encoding, vocab_size or a special id')
-        if not 0 <= meta.get('infill_rate', 0) <= 1:
-            raise ValueError(f"infill_rate {meta['infill_rate']}")
-    return meta
-
-
-def fingerprint(meta):
-    """Hex digest that names the data: it changes when any token of any shard does."""
-    hashes = [shard['sha256'] for split in SPLITS for shard in meta['splits'][split]['shards']]
-    return hashlib.sha256(json.dumps([meta['encoding'], meta['vocab_size'], hashes]).encode()).hexdigest()
-
-
-class Split:
-    """One split of a prepared folder: its memory-mapped shards as one stream of `n_tokens` tokens."""
-
-    def __init__(self, folder, split, verify=False):
-        """Raises UserError where the shards are not as meta.json says: their lengths, and if `verify` their
-        hashes."""
-        self.folder, self.meta = Path(folder), read_meta(folder)
-        info = self.meta['splits'][split]
-        self.n_bytes = info['bytes']
-        self.names = [shard['name'] for shard in info['shards']]
-        self.maps, self.shards, self.starts, self.n_tokens = [], [], [], 0
-        for shard in info['shards']:
-            path = self.folder / shard['name']
-            if not path.is_file():
-                raise UserError(f'{path} is missing, though meta.json names it: {PREPARE}')
-            if (size := path.stat().st_size) != 2 * shard['tokens']:
-                raise UserError(f"{path} has {size:,} bytes for {shard['tokens']:,} tokens of 2: {PREPARE}")
-            with open(path, 'rb') as file:
-                self.maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            self.shards.append(np.frombuffer(self.maps[-1], '<u2'))
-            if verify and hashlib.sha256(self.shards[-1]).hexdigest() != shard['sha256']:
-                raise UserError(f'{path} does not have the sha256 that meta.json says: {PREPARE}')
-            self.starts.append(self.n_tokens)
-            self.n_tokens += shard['tokens']
-        if self.n_tokens < 2:
-            raise UserError(f'{self.folder} has no {split} token to predict: {PREPARE}')
-
-    def read(self, start, length):
-        """Tokens start to start + length of the stream, as a uint16 array; fewer at its end."""
-        parts = []
-        i = bisect.bisect_right(self.starts, start) - 1
-        while length > 0 and i < len(self.shards):
-            offset = start - self.starts[i]
-            if self.maps[i].size() != self.shards[i].nbytes:  # what is gone cannot be read: a bus error
-                raise UserError(f'{self.folder / self.names[i]} has changed its length meanwhile: {PREPARE}')
-            part = self.shards[i][offset:offset + length]
-            if len(part) and part.max() >= self.meta['vocab_size']:
-                raise UserError(f"{self.folder / self.names[i]} has token {part.max()}, beyond the "
-                                f"vocabulary of {self.meta['vocab_size']}: {PREPARE}")
-            parts.append(part)
-            start, length, i = start + len(part), length - len(part), i + 1
-        return np.concatenate(parts)
-
-    def windows(self, starts, block_size):
-        """Inputs and targets of windows: the tokens from each of `starts` on, and one further.
-
-        Returns int64 arrays x, y of shape (len(starts), block_size). Targets beyond the end of the split
-        are -1, which the loss ignores.
-        """
-        xy = np.full((len(starts), block_size + 1), -1, dtype=np.int64)
-        for row, start in zip(xy, starts, strict=True):
-            tokens = self.read(int(start), block_size + 1)
-            row[:len(tokens)] = tokens
-        return np.maximum(xy[:, :-1], 0), xy[:, 1:]
-
-
-class Batches:
-    """The training batches of one rank: a pure function of the step.
-
-    Each epoch is a seeded permutation of all windows, the first one from the stream's first token on, each
-    later one from a seeded token below block_size, so that no two cut the stories alike. The global batch of
-    step s is sequences s * sequences to (s + 1) * sequences of that endless stream of windows, whatever the
-    number of ranks. A rank takes its share in `micro_steps` micro-batches, none larger than batch_size.
-    """
-
-    def __init__(self, split, block_size, batch_size, accumulation_steps, seed, rank=0, world_size=1):
-        """Raises SettingError where the ranks cannot share a step, UserError for too little text."""
-        self.split, self.block_size, self.seed = split, block_size, seed
-        self.sequences = batch_size * accumulation_steps
-        self.micro_steps = math.ceil(accumulation_steps / world_size)
-        unit = world_size * self.micro_steps
-        if self.sequences % unit:
-            below = self.sequences // unit * unit
-            nearest = ' or '.join(str(n) for n in (below, below + unit) if n)
-            raise SettingError(f'{self.sequences} sequences a step (batch_size {batch_size} * '
-                               f'gradient_accumulation_steps {accumulation_steps}) do not divide among '
-                               f'{world_size} ranks with {self.micro_steps} micro-batches each; the nearest: '
-                               + nearest)
-        self.n_windows = (split.n_tokens - 1) // block_size
-        if self.n_windows < 1:
-            raise UserError(f'{split.folder} has {split.n_tokens:,} training tokens, fewer than one window '
-                            f'of {block_size} and its target: prepare more text or lower --block_size')
-        share = self.sequences // world_size
-        self.rows = slice(rank * share, (rank + 1) * share)
-        self.epoch, self.order = -1, None  # the tokens that the windows of an epoch start at
-
-    def starts(self, step):
-        """The tokens that the windows of the global batch of `step` start at, an int array (sequences,)."""
-        position = np.arange(step * self.sequences, (step + 1) * self.sequences)
-        out = np.empty(self.sequences, dtype=np.int64)
-        for epoch in np.unique(position // self.n_windows):
-            if epoch != self.epoch:
-                self.epoch, rng = epoch, np.random.default_rng((self.seed, epoch))
-                self.order = rng.permutation(self.n_windows) * self.block_size
-                self.order += rng.integers(self.block_size) if epoch else 0
-            here = position // self.n_windows == epoch
-            out[here] = self.order[position[here] % self.n_windows]
-        return out
-
-    def __call__(self, step):
-        """This rank's micro-batches of `step`: a list of (inputs, targets), int64 (B, block_size) each."""
-        xy = self.split.windows(self.starts(step)[self.rows], self.block_size)
-        return list(zip(*(np.split(a, self.micro_steps) for a in xy), strict=True))
-
-    def ahead(self, step):
-        """Yields the micro-batches of `step` and all that follow, each read while those before are used."""
-        with ThreadPoolExecutor(1) as loader:
-            coming = loader.submit(self, step)
-            for following in itertools.count(step + 1):
-                ready, coming = coming.result(), loader.submit(self, following)
-                yield ready
-
-
-# prepared folders -------------------------------------------------------------
-
-def prepared_folder(dataset):
-    """Return the folder that a `dataset` setting means: the path itself, or a folder under data/."""
-    if Path(dataset).is_dir():
-        return Path(dataset)
-    return Path(__file__).parent / dataset
+def write_meta(folder, tokenizer, source, infill_rate, splits):
+    """Write meta.json. splits: {split: {stories, tokens, bytes, shards, ...}}."""
+    meta = tokenizer.about() | {'source': source, 'infill_rate': infill_rate, 'splits': splits}
+    text = json.dumps(meta, indent=1) + '\n'
+    (Path(folder) / 'meta.json').write_text(text, encoding='utf-8')
 
 
 @contextlib.contextmanager
@@ -213,29 +81,271 @@ def write_dataset_atomically(folder):
     meta.json is deleted first and written last, so it never describes files that are not there. What killed
     processes left behind is removed. Raises UserError if `folder` is in use or cannot be written.
     """
-    try:
+    with report_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with (lock_folder(folder, 'wait for it, or name another --out_dir'),
-              tempfile.TemporaryDirectory(prefix='.preparing-', dir=folder,
-                                          ignore_cleanup_errors=True) as temporary):
-            for left in folder.glob('.preparing-*'):
-                if left != Path(temporary):
+        with lock_folder(folder, 'wait for it, or name another --out_dir'):
+            try:
+                for left in folder.glob('.preparing-*'):
                     shutil.rmtree(left)
-            new, cache = Path(temporary, 'new'), Path(temporary, 'cache')
-            new.mkdir()
-            cache.mkdir()
-            yield new, cache
-            (folder / 'meta.json').unlink(missing_ok=True)
-            for old in folder.iterdir():
-                if PREPARED.fullmatch(old.name):
-                    old.unlink()
-            files = [file for file in sorted(new.iterdir()) if file.name != 'meta.json']
-            for file in [*files, new / 'meta.json']:
-                file.replace(folder / file.name)
-    except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f'cannot write to {folder} ({reason}): name another folder with --out_dir') from None
-    finally:
-        if folder.is_dir() and os.listdir(folder) == ['.lock']:  # nothing was prepared
+                with tempfile.TemporaryDirectory(prefix='.preparing-', dir=folder,
+                                                 ignore_cleanup_errors=True) as temporary:
+                    new = Path(temporary, 'new')
+                    cache = Path(temporary, 'cache')
+                    new.mkdir()
+                    cache.mkdir()
+                    yield new, cache
+                    replace_dataset(folder, new)
+            finally:
+                remove_if_empty(folder)
+
+
+def replace_dataset(folder, new):
+    """Delete the prepared data in `folder` and move the files of the folder `new` there."""
+    (folder / 'meta.json').unlink(missing_ok=True)
+    for old in folder.iterdir():
+        if PREPARED.fullmatch(old.name):
+            old.unlink()
+    for file in sorted(new.iterdir()):
+        if file.name != 'meta.json':
+            file.replace(folder / file.name)
+    (new / 'meta.json').replace(folder / 'meta.json')
+
+
+def remove_if_empty(folder):
+    """Remove a folder in which nothing was prepared: it holds only our lock."""
+    with contextlib.suppress(OSError):  # Windows does not remove a file in use
+        if os.listdir(folder) == ['.lock']:
             (folder / '.lock').unlink()
             folder.rmdir()
+
+
+# reading ------------------------------------------------------------------------
+
+def prepared_folder(dataset):
+    """Return the folder that a `dataset` setting means: the path itself, or a folder under data/."""
+    if Path(dataset).is_dir():
+        return Path(dataset)
+    return Path(__file__).parent / dataset
+
+
+def read_meta(folder):
+    """Return the meta.json of a prepared folder, a dict. Raises UserError if it is missing or damaged."""
+    path = Path(folder) / 'meta.json'
+    if not path.is_file():
+        raise UserError(f'{folder} holds no prepared data (no meta.json): {PREPARE}')
+    with user_errors(path, f'is damaged ({PREPARE})'):
+        meta = json.loads(path.read_text(encoding='utf-8'))
+        check_meta(meta)
+    return meta
+
+
+def check_meta(meta):
+    """Check the entries of meta.json that we read. Raises ValueError."""
+    entry(meta, 'encoding', str)
+    count(meta, 'vocab_size')
+    for name in 'delimiter', 'blank', 'middle':
+        if name in meta:
+            count(meta, name)
+    rate = meta.get('infill_rate', 0)
+    if not isinstance(rate, int | float) or not 0 <= rate <= 1:
+        raise ValueError(f'infill_rate is {reprlib.repr(rate)}')
+    splits = entry(meta, 'splits', dict)
+    for split in SPLITS:
+        about = entry(splits, split, dict)
+        count(about, 'bytes')
+        for shard in entry(about, 'shards', list):
+            name = entry(shard, 'name', str)
+            if not re.fullmatch(r'[\w.-]{1,200}', name):
+                raise ValueError(f'shard name {name[:200]!r} is not a plain file name')
+            count(shard, 'tokens')
+            entry(shard, 'sha256', str)
+
+
+def entry(table, name, kind):
+    """Return table[name]. Raises ValueError if `table` is not a dict or the entry is not of this type."""
+    if not isinstance(table, dict):
+        raise ValueError(f'{reprlib.repr(table)} has no entry {name!r}')
+    value = table.get(name)
+    if not isinstance(value, kind):
+        raise ValueError(f'{name} is {reprlib.repr(value)}')
+    return value
+
+
+def count(table, name):
+    """Return table[name], a positive number that fits 64 bits. Raises ValueError if it is not one."""
+    value = entry(table, name, int)
+    if not 0 < value < 2**63:
+        raise ValueError(f'{name} is {reprlib.repr(value)}')
+    return value
+
+
+def fingerprint(meta):
+    """Return a hex digest of the data: it changes if any token of any shard does."""
+    hashes = []
+    for split in SPLITS:
+        hashes += [shard['sha256'] for shard in meta['splits'][split]['shards']]
+    return hashlib.sha256(json.dumps([meta['encoding'], meta['vocab_size'], hashes]).encode()).hexdigest()
+
+
+class Split:
+    """One split of a prepared folder: its memory-mapped shards as one stream of `n_tokens` tokens."""
+
+    def __init__(self, folder, split, verify=False):
+        """Map the shards. verify: compare their hashes with meta.json (their lengths always are).
+
+        Raises UserError if a shard is missing or not as meta.json says.
+        """
+        self.folder = Path(folder)
+        self.meta = read_meta(folder)
+        about = self.meta['splits'][split]
+        self.n_bytes = about['bytes']  # of text
+        self.names = [shard['name'] for shard in about['shards']]
+        self.maps = []
+        self.shards = []  # uint16 arrays
+        self.starts = []  # the position of each shard's first token in the stream
+        self.n_tokens = 0
+        for shard in about['shards']:
+            mapped = self.map_shard(shard)
+            tokens = np.frombuffer(mapped, '<u2')
+            if verify and hashlib.sha256(tokens).hexdigest() != shard['sha256']:
+                path = self.folder / shard['name']
+                raise UserError(f'{path} does not have the sha256 in meta.json: {PREPARE}')
+            self.maps.append(mapped)
+            self.shards.append(tokens)
+            self.starts.append(self.n_tokens)
+            self.n_tokens += shard['tokens']
+        if self.n_tokens < 2:
+            raise UserError(f'{self.folder} has no {split} token to predict: {PREPARE}')
+
+    def map_shard(self, shard):
+        """Return a shard's mapped file. Raises UserError if its length is not that in meta.json."""
+        path = self.folder / shard['name']
+        if not path.is_file():
+            raise UserError(f'{path} is missing, though meta.json names it: {PREPARE}')
+        size = path.stat().st_size
+        if size != 2 * shard['tokens']:
+            raise UserError(f"{path} has {size:,} bytes for {shard['tokens']:,} tokens of 2 bytes: {PREPARE}")
+        with open(path, 'rb') as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def read(self, start, length):
+        """Return tokens start to start + length of the stream, a uint16 array; fewer at the stream's end.
+
+        Raises UserError if a shard was cut short meanwhile or has tokens beyond the vocabulary.
+        """
+        tokens = self.gather(start, length)
+        self.check_tokens(tokens)
+        return tokens
+
+    def gather(self, start, length):
+        """Return what `read` returns, without a check of the tokens."""
+        parts = []
+        i = bisect.bisect_right(self.starts, start) - 1  # the shard with token `start`
+        while length > 0 and i < len(self.shards):
+            # reading beyond the end of a file that was cut short would kill the process with a bus error
+            if self.maps[i].size() != self.shards[i].nbytes:
+                raise UserError(f'{self.folder / self.names[i]} has changed its length meanwhile: {PREPARE}')
+            offset = start - self.starts[i]
+            part = self.shards[i][offset:offset + length]
+            parts.append(part)
+            start += len(part)
+            length -= len(part)
+            i += 1
+        return np.concatenate(parts)
+
+    def check_tokens(self, tokens):
+        """Raise UserError if any of the tokens is beyond the vocabulary."""
+        if tokens.size and tokens.max() >= self.meta['vocab_size']:
+            raise UserError(f'{self.folder} has a shard with token {tokens.max()}, beyond the vocabulary of '
+                            f"{self.meta['vocab_size']}: {PREPARE}")
+
+    def windows(self, starts, block_size):
+        """Return inputs and targets of the windows that begin at `starts`; targets are one token further.
+
+        Returns int64 arrays x, y of shape (len(starts), block_size). Targets beyond the end of the split
+        are -1, which the loss ignores.
+        """
+        xy = np.full((len(starts), block_size + 1), -1, dtype=np.int64)
+        for row, start in zip(xy, starts, strict=True):
+            tokens = self.gather(int(start), block_size + 1)
+            row[:len(tokens)] = tokens
+        self.check_tokens(xy)
+        x = np.maximum(xy[:, :-1], 0)
+        y = xy[:, 1:]
+        return x, y
+
+
+class Batches:
+    """The training batches of one rank: a pure function of the step.
+
+    Each epoch is a seeded permutation of all windows. The windows of the first epoch begin at the stream's
+    first token; those of a later epoch are shifted by a seeded offset below block_size, so that no two epochs
+    cut the stories alike. Epoch after epoch these windows form an endless sequence, of which the global batch
+    of step s is windows s * global_batch_size to (s + 1) * global_batch_size, however many ranks there are.
+    A rank takes its share of them in `grad_accum_steps` micro-batches, none larger than batch_size.
+    """
+
+    def __init__(self, split, block_size, batch_size, accumulation_steps, seed, rank=0, world_size=1):
+        """accumulation_steps: micro-batches per step, over all ranks together.
+
+        Raises SettingError if the ranks cannot share a step, UserError if the split is too short.
+        """
+        self.split = split
+        self.block_size = block_size
+        self.seed = seed
+        self.global_batch_size = batch_size * accumulation_steps
+        self.grad_accum_steps = math.ceil(accumulation_steps / world_size)
+        micro_batches = world_size * self.grad_accum_steps
+        if self.global_batch_size % micro_batches:
+            below = self.global_batch_size // micro_batches * micro_batches
+            nearest = f'{below} or {below + micro_batches}' if below else f'{micro_batches}'
+            raise SettingError(
+                f'{self.global_batch_size} sequences per step (batch_size {batch_size} * '
+                f'gradient_accumulation_steps {accumulation_steps}) do not divide among {world_size} ranks '
+                f'with {self.grad_accum_steps} micro-batches each; the nearest: {nearest}')
+        self.n_windows = (split.n_tokens - 1) // block_size
+        if self.n_windows < 1:
+            raise UserError(f'{split.folder} has {split.n_tokens:,} training tokens, fewer than one window '
+                            f'of {block_size} and its target: prepare more text or lower --block_size')
+        share = self.global_batch_size // world_size
+        self.local_rows = slice(rank * share, (rank + 1) * share)  # this rank's part of a global batch
+        self.epoch = -1  # the epoch whose window starts are in `epoch_starts`
+        self.epoch_starts = None
+
+    def starts(self, step):
+        """Return where the windows of step's global batch begin, an int array (global_batch_size,)."""
+        first = step * self.global_batch_size
+        positions = np.arange(first, first + self.global_batch_size)
+        epochs = positions // self.n_windows
+        starts = np.empty(self.global_batch_size, dtype=np.int64)
+        for epoch in np.unique(epochs):
+            if epoch != self.epoch:
+                self.epoch = epoch
+                self.epoch_starts = self.shuffle(epoch)
+            in_epoch = epochs == epoch
+            starts[in_epoch] = self.epoch_starts[positions[in_epoch] % self.n_windows]
+        return starts
+
+    def shuffle(self, epoch):
+        """Return where the windows of an epoch begin, in the epoch's order, an int array (n_windows,)."""
+        rng = np.random.default_rng((self.seed, epoch))
+        starts = rng.permutation(self.n_windows) * self.block_size
+        if epoch > 0:
+            starts += rng.integers(self.block_size)
+        return starts
+
+    def __call__(self, step):
+        """Return this rank's micro-batches of `step`: a list of (inputs, targets), int64 (B, block_size)."""
+        x, y = self.split.windows(self.starts(step)[self.local_rows], self.block_size)
+        x = np.split(x, self.grad_accum_steps)
+        y = np.split(y, self.grad_accum_steps)
+        return list(zip(x, y, strict=True))
+
+    def from_step(self, step):
+        """Yield the micro-batches of `step` and of all following steps; the next ones are read ahead."""
+        with ThreadPoolExecutor(1) as loader:
+            upcoming = loader.submit(self, step)
+            for next_step in itertools.count(step + 1):
+                micro_batches = upcoming.result()
+                upcoming = loader.submit(self, next_step)
+                yield micro_batches

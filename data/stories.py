@@ -1,180 +1,455 @@
-"""Stories of any source, as a DatasetDict of the `datasets` library with one column, `text`.
+"""Load the stories of any source as a DatasetDict of the `datasets` library, and map functions over them.
 
-One story is held in memory whole, and so are a .txt that is one document and the list of a .json file. All
-else lies in Arrow files, those of local sources in the folder `cache`, however many stories there are.
+A DatasetDict has a split `train`, maybe a split `validation`, and one column, `text`. Stories lie in
+memory-mapped Arrow files (those of local sources in the folder `cache`), so memory does not grow with their
+number. Only a single story, a .txt that is one document and the list in a .json file are read into memory.
 """
 
+import contextlib
+import ctypes
+import functools
 import gzip
 import os
 import re
+import signal
+import sys
 import warnings
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from configurator import UserError, user_errors
+from configurator import UserError, script_path, user_errors
+from data.tiny_stories import sample_stories
 
-DELIMITER = '<|endoftext|>'  # between the stories of a .txt
+DELIMITER = '<|endoftext|>'  # between two stories of a .txt
 LOADERS = {'.txt': 'ours', '.jsonl': 'json', '.json': 'json', '.csv': 'csv', '.parquet': 'parquet'}
-KINDS = ('stories come as .txt, .jsonl, .json, .csv (each also as .gz), .parquet, a folder of these or what '
-         'save_to_disk writes, or tokens as .bin with their --tokenizer')
-NO_STORIES = 'meta.json', 'tokenizer.json', 'dataset_info.json', 'dataset_dict.json', 'state.json'
-HUB_NAME = r'((?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*)(?::([\w.-]+))?'  # and a configuration
-HUB_PATIENCE = 5  # seconds to wait for the hub's answer; the library would retry for minutes
-HUB_HELP = ('is no file here and not in the cache (as user/name), and {1}: type --source sample (built in), '
-            'or where there is internet hf download --repo-type dataset {0} --include "data/*" --local-dir '
-            'stories, and with this folder brought over --source stories. The library says')
+WHAT_WE_READ = ('stories come as .txt, .jsonl, .json, .csv (each also as .gz), .parquet, a folder of these, '
+                'or a folder written by save_to_disk')
+# JSON files that hold something else: what prepare.py and the datasets library write
+NOT_STORIES = 'meta.json', 'tokenizer.json', 'dataset_info.json', 'dataset_dict.json', 'state.json'
+
+SAMPLE_STORIES = 22_000  # stories in the built-in corpus
+HUB_NAME = r'((?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*)(?::([\w.-]+))?'  # user/name:configuration
+HUB_TIMEOUT = 5  # seconds to wait for the hub's first answer; the library would retry for minutes
 
 
-def load_stories(source, cache, sample, percentage=100.0, offline=False, column=''):
-    """(DatasetDict of the stories of `source`, a remark on its test split or ''). Raises UserError.
+# sources ------------------------------------------------------------------------
 
-    source: 'sample', whose texts sample() gives; a local path; or a name on the hub, `name`, `user/name` or
-    `user/name:configuration`. column: that of the stories, '' for text or story. The splits are `train` and
-    `validation`, or `train` alone. A lone .txt without delimiters is one document: nine tenths of its
-    characters are for training, as in nanoGPT, and of both parts the first `percentage` percent are taken.
+def load_stories(source, cache, column='', percentage=100.0, seed=1337, offline=False):
+    """Return (DatasetDict of the stories, a remark about its test split or '').
+
+    source: 'sample' (the built-in corpus), a local path, or a name on the Hugging Face hub.
+    column: the column that holds the stories; '' means text or story.
+    percentage: how much of a single document to use; all stories of other sources are returned.
+    seed: of the built-in corpus.
+    Raises UserError if the source cannot be read or holds no stories.
     """
-    path, why = Path(source), ''
-    on_hub = re.fullmatch(HUB_NAME, source) if not (path.exists() or kind(path)) else None
-    if not on_hub or (why := unreachable(offline)):  # else the library asks the hub about local files, too
-        os.environ['HF_HUB_OFFLINE'] = os.environ['HF_DATASETS_OFFLINE'] = '1'  # read when it is imported
-    import datasets
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    if not os.isatty(2):
-        datasets.disable_progress_bars()
+    path = Path(source)
     if source == 'sample':
-        named = {'train': datasets.Dataset.from_dict({'text': list(sample())})}
-    elif on_hub:
-        with user_errors(source, HUB_HELP.format(on_hub[1], why) if why else
-                     'is no file here, nor can it be loaded from the hub (as user/name:configuration?)'):
-            from huggingface_hub import HfApi
-            name, configuration = on_hub.groups()  # the hub knows the users of old names, the cache does not
-            name = name if '/' in name or why else HfApi().dataset_info(name).id
-            named = datasets.load_dataset(name, configuration)
-    elif (path / 'dataset_dict.json').is_file():
-        with user_errors(path):
-            named = datasets.load_from_disk(path)
-    elif saved := sorted({file.parent for place in ('*.arrow', '*/*.arrow') for file in path.glob(place)}):
-        if others := {file.parent for file in path.rglob('*') if kind(file)} - {*saved}:
-            raise UserError(f'{path} has what save_to_disk writes, and files in {min(others)}: name one')
-        with user_errors(path):
-            named = {folder.name: datasets.load_from_disk(folder) for folder in saved}
+        import_datasets(offline=True)
+        named = {'train': built_in_stories(seed)}
+    elif is_hub_name(source):
+        named = load_from_hub(source, offline)
+    elif is_saved_dataset(path):
+        import_datasets(offline=True)  # otherwise the library asks the hub about local files, too
+        named = load_saved_dataset(path)
     else:
-        named = story_files(path)
-    splits, remark = by_split(named)
-    for split, names in splits.items():
-        parts = [named[name] for name in names]
-        parts = load_files(parts, cache, split, column) if isinstance(parts[0], Path) else parts
-        splits[split] = datasets.concatenate_datasets([only_text(part, source, column) for part in parts])
-    if is_document(path, splits['train']):
-        document = splits['train'][0]['text']
-        cut, share = int(0.9 * len(document)), percentage / 100
-        for split, part in ('train', document[:cut]), ('validation', document[cut:]):
-            splits[split] = datasets.Dataset.from_dict({'text': [part[:max(1, int(len(part) * share))]]})
+        import_datasets(offline=True)
+        return load_story_files(path, cache, column, percentage)
+    import datasets
+
+    names, remark = group_by_split(named)
+    splits = {}
+    for split in names:
+        parts = [only_text(named[name], source, column) for name in names[split]]
+        splits[split] = datasets.concatenate_datasets(parts)
     return datasets.DatasetDict(splits), remark
 
 
-def story_files(path):
-    """{name: path} of the files of stories at `path`, in order. Where there is parquet, that alone counts."""
-    if path.is_file() and kind(path):
-        return {path.name: path}
-    if not path.is_dir():
-        raise UserError(f'no stories in {path}: --source takes sample, a name on the hub, or a path; {KINDS}')
-    files = {file.relative_to(path).as_posix(): file for file in sorted(path.rglob('*')) if kind(file)}
-    files = {name: file for name, file in files.items() if '/.' not in f'/{name}' and file.is_file()}
-    if not files:
-        raise UserError(f'the folder {path} holds no stories: {KINDS} (unpack archives first)')
-    return {name: file for name, file in files.items() if kind(file) == '.parquet'} or files
-
-
-def kind(path):
-    """The ending that says what a file is, mostly that before .gz; '' where it holds no stories."""
-    suffix, inner = path.suffix.lower(), Path(path.stem).suffix.lower()
-    ending = inner if suffix == '.gz' and inner != '.parquet' else suffix
-    return ending if ending in LOADERS and path.name not in NO_STORIES else ''
-
-
-def load_files(paths, cache, split, column):
-    """Yields the Datasets of files: one of all .txt, with that column, and one of each other file."""
+def import_datasets(offline):
+    """Import the datasets library and keep it quiet: progress bars only if stderr is a terminal."""
+    if offline:
+        os.environ['HF_HUB_OFFLINE'] = '1'  # both are read when the library is imported
+        os.environ['HF_DATASETS_OFFLINE'] = '1'
     import datasets
-    import pyarrow
-    from pandas.errors import ParserWarning
-    texts = [path for path in paths if kind(path) == '.txt']
-    arrow, schema = f'{cache}/{split}.arrow', pyarrow.schema({column or 'text': pyarrow.string()})
-    # not by the library's own loader, which takes \r for the end of a line
-    with pyarrow.OSFile(arrow, 'wb') as file, pyarrow.ipc.new_stream(file, schema) as writer:
-        for stories in read_texts(texts):
-            writer.write_batch(pyarrow.record_batch([stories], schema))
-    yield datasets.Dataset.from_file(arrow)
-    for path in sorted(path for path in set(paths) - set(texts) if path.stat().st_size):
-        exactly = {'keep_default_na': False, 'index_col': False} if kind(path) == '.csv' else {}
-        with user_errors(path), warnings.catch_warnings(action='error', category=ParserWarning):
-            yield datasets.load_dataset(LOADERS[kind(path)], data_files=str(path), cache_dir=str(cache),
-                                        split='train', **exactly)
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    if not os.isatty(2):
+        datasets.disable_progress_bars()
 
 
-def read_texts(paths):
-    """Yields lists of stories of .txt files: line breaks at a delimiter belong to it; without, all is one."""
-    for path in paths:
-        with user_errors(path), opened(path) as file:
-            rest, delimited = '', False
-            while chunk := file.read(max(1 << 20, len(rest))):  # doubling: a long story is searched few times
-                *stories, rest = (rest + chunk).split(DELIMITER)
-                yield [story.strip('\r\n') for story in stories]
-                delimited = delimited or bool(stories)
-            if rest.strip('\r\n') or not delimited:
-                yield [rest.strip('\r\n') if delimited else rest]
+def built_in_stories(seed):
+    """Return the built-in corpus, a Dataset."""
+    import datasets
+
+    return datasets.Dataset.from_dict({'text': list(sample_stories.stories(SAMPLE_STORIES, seed))})
 
 
-def opened(path):
-    return (gzip.open if path.suffix.lower() == '.gz' else open)(path, 'rt', encoding='utf-8-sig', newline='')
+def is_hub_name(source):
+    """Return whether `source` is written like a name on the hub and is not a local file."""
+    path = Path(source)
+    return not path.exists() and not file_type(path) and re.fullmatch(HUB_NAME, source) is not None
 
 
-def is_document(path, stories):
-    """Whether `path` is a .txt with one story and no delimiter."""
-    if len(stories) != 1 or kind(path) != '.txt' or not path.is_file():
-        return False
-    with opened(path) as file:
-        return DELIMITER not in file.read()
+def load_from_hub(source, offline):
+    """Return {split: Dataset} of a dataset on the hub, or in the local cache if the hub cannot be reached."""
+    name, configuration = re.fullmatch(HUB_NAME, source).groups()
+    unreachable = why_hub_is_unreachable(offline)
+    import_datasets(offline=bool(unreachable))
+    import datasets
+    from huggingface_hub import HfApi
+
+    if unreachable:
+        problem = (
+            f'is not a file here and not in the cache (as user/name), and {unreachable}: type --source '
+            f'sample (built in), or where there is internet hf download --repo-type dataset {name} --include '
+            '"data/*" --local-dir stories, bring it over and type --source stories. The library says')
+    else:
+        problem = 'is not a file here, nor can it be loaded from the hub (as user/name:configuration?)'
+    with user_errors(source, problem):
+        if '/' not in name and not unreachable:
+            name = HfApi().dataset_info(name).id  # the hub knows the user of an old short name
+        return datasets.load_dataset(name, configuration)
 
 
-def by_split(names):
-    """({split: names}, a remark): names tell the split. A test split beside `train` is left out, or serves as
-    the validation split where there is no other."""
-    words = {name: set(re.split('[^a-z]+', name.lower())) for name in names}
-    val = [name for name in names if 'val' in words[name] or 'valid' in name.lower()]
-    test = [name for name in names if {'test', 'train'} & words[name] == {'test'} and name not in val]
-    train = [name for name in names if name not in val + test]
-    if not any('train' in words[name] for name in train):
-        train, test = train + test, []
-    remark = 'left out, as a test split' if val else 'for validation, as there is no other split'
-    val = val or test
-    splits = {'train': train, 'validation': val} if train and val else {'train': train + val}
-    return splits, f'{remark}: {", ".join(test)}' if test else ''
-
-
-def only_text(dataset, name, column):
-    """The column of stories alone. Raises UserError where there is none."""
-    names = [column] if column else ['text', 'story']
-    column = next((name for name in names if name in dataset.column_names), None)
-    if not column:
-        raise UserError(f"{name} has no column {' or '.join(names)}: type --text_column and one of "
-                        + ', '.join(dataset.column_names)[:200])
-    if getattr(dataset.features[column], 'dtype', '') not in ('string', 'large_string'):
-        raise UserError(f'{name} has no text in its column {column!r} but {dataset.features[column]}')
-    return dataset.select_columns(column).rename_columns({column: 'text'})
-
-
-def unreachable(offline):
-    """Why the hub does not answer, or ''. A thread asks, as looking up a name has no limit in time."""
+def why_hub_is_unreachable(offline):
+    """Return why the hub does not answer, '' if it does."""
     if offline or os.environ.get('HF_HUB_OFFLINE', '0').upper() in ('1', 'ON', 'YES', 'TRUE'):
         return 'we are offline'
     endpoint = os.environ.get('HF_ENDPOINT') or 'https://huggingface.co'
-    asked = Request(endpoint, method='HEAD'), None, HUB_PATIENCE
+    request = Request(endpoint, method='HEAD')
     try:
-        ThreadPool(1).apply_async(urlopen, asked).get(HUB_PATIENCE)
-    except Exception as error:
-        if getattr(error, 'code', 500) >= 500:  # less is an answer, too; more a gateway's excuse
-            why = getattr(error, 'reason', error)
-            return f"{endpoint} cannot be reached ({why or f'no answer in {HUB_PATIENCE} seconds'})"
+        # in a thread, because looking up a host name has no timeout
+        ThreadPool(1).apply_async(urlopen, (request, None, HUB_TIMEOUT)).get(HUB_TIMEOUT)
+    except HTTPError as error:
+        if error.code >= 500:  # a gateway's error; anything less is an answer of the hub
+            return f'{endpoint} cannot be reached ({error.reason or error})'
+    except Exception as error:  # no connection, no such host, no answer in time
+        reason = str(getattr(error, 'reason', error))
+        if not reason:  # the thread's TimeoutError
+            reason = f'no answer in {HUB_TIMEOUT} seconds'
+        return f'{endpoint} cannot be reached ({reason})'
     return ''
+
+
+def is_saved_dataset(path):
+    """Return whether `path` is a folder that save_to_disk wrote."""
+    return (path / 'dataset_dict.json').is_file() or bool(folders_with_arrow(path))
+
+
+def folders_with_arrow(path):
+    """Return the folders with .arrow files: `path` itself, or folders directly below it."""
+    files = [*path.glob('*.arrow'), *path.glob('*/*.arrow')]
+    return sorted({file.parent for file in files})
+
+
+def load_saved_dataset(path):
+    """Return {split: Dataset} of a folder that save_to_disk wrote, with or without its dataset_dict.json."""
+    import datasets
+
+    if (path / 'dataset_dict.json').is_file():
+        with user_errors(path):
+            return datasets.load_from_disk(path)
+    folders = folders_with_arrow(path)
+    others = {file.parent for file in path.rglob('*') if file_type(file)} - set(folders)
+    if others:
+        raise UserError(f'{path} has what save_to_disk writes, and files in {min(others)}: name one of them')
+    with user_errors(path):
+        return {folder.name: datasets.load_from_disk(folder) for folder in folders}
+
+
+# story files --------------------------------------------------------------------
+
+def load_story_files(path, cache, column, percentage):
+    """Return (DatasetDict, remark) of a file or a folder of files, as load_stories does."""
+    import datasets
+
+    files = find_story_files(path)
+    names, remark = group_by_split(files)
+    splits = {}
+    for split in names:
+        parts = load_files([files[name] for name in names[split]], cache / f'{split}.arrow', column)
+        parts = [only_text(part, path, column) for part in parts]
+        splits[split] = datasets.concatenate_datasets(parts)
+    if is_document(path, splits['train']):
+        splits = split_document(splits['train'][0]['text'], percentage)
+    return datasets.DatasetDict(splits), remark
+
+
+def find_story_files(path):
+    """Return {name: path} of the story files at `path`, sorted. If there are .parquet files, only those."""
+    if path.is_file() and file_type(path):
+        return {path.name: path}
+    if not path.is_dir():
+        raise UserError(f'no stories in {path}: --source takes sample, a name on the hub, or a path; '
+                        + WHAT_WE_READ)
+    files = {}
+    for file in sorted(path.rglob('*')):
+        name = file.relative_to(path).as_posix()
+        is_hidden = '/.' in f'/{name}'
+        if file_type(file) and not is_hidden and file.is_file():
+            files[name] = file
+    if not files and any(path.glob('*.bin')):
+        script = script_path('data/token_files/prepare.py')
+        raise UserError(f'{path} holds token files, not stories: type python {script} --source {path}')
+    if not files:
+        raise UserError(f'the folder {path} holds no stories: {WHAT_WE_READ} (unpack archives first)')
+    parquet = {name: file for name, file in files.items() if file_type(file) == '.parquet'}
+    return parquet or files
+
+
+def file_type(path):
+    """Return the ending that says what a story file is (of s.txt.gz: .txt), '' for all other files."""
+    ending = path.suffix.lower()
+    if ending == '.gz':
+        ending = Path(path.stem).suffix.lower()
+        if ending == '.parquet':
+            return ''  # the library cannot read it
+    if ending not in LOADERS or path.name in NOT_STORIES:
+        return ''
+    return ending
+
+
+def load_files(paths, arrow_path, column):
+    """Return a list of Datasets: one for all .txt files, written to `arrow_path`, and one for each other."""
+    import datasets
+    from pandas.errors import ParserWarning
+
+    texts = [path for path in paths if file_type(path) == '.txt']
+    tables = sorted(path for path in paths if path not in texts)
+    write_arrow(texts, arrow_path, column or 'text')
+    loaded = [datasets.Dataset.from_file(str(arrow_path))]
+    for path in tables:
+        if not path.stat().st_size:
+            continue  # the library refuses empty files
+        options = {}
+        if file_type(path) == '.csv':  # 'NA' is a text, and an extra column is an error
+            options = {'keep_default_na': False, 'index_col': False}
+        with user_errors(path), warnings.catch_warnings(action='error', category=ParserWarning):
+            loaded.append(datasets.load_dataset(
+                LOADERS[file_type(path)], data_files=str(path), cache_dir=str(arrow_path.parent),
+                split='train', **options))
+    return loaded
+
+
+def write_arrow(paths, arrow_path, column):
+    """Write the stories of .txt files to an Arrow file.
+
+    The library's own loader would take every \\r for the end of a line.
+    """
+    import pyarrow
+
+    schema = pyarrow.schema({column: pyarrow.string()})
+    with pyarrow.OSFile(str(arrow_path), 'wb') as file, pyarrow.ipc.new_stream(file, schema) as writer:
+        for path in paths:
+            with user_errors(path), open_text(path) as text:
+                for stories in read_stories(text):
+                    writer.write_batch(pyarrow.record_batch([stories], schema))
+
+
+def read_stories(file):
+    """Yield lists of the stories in a .txt; the line breaks around a delimiter are not part of a story.
+
+    Example: 'One.\\n<|endoftext|>\\nTwo.' has the stories 'One.' and 'Two.'.
+    A file without a delimiter is one story, unchanged.
+    """
+    rest = ''  # the beginning of a story that is not complete yet
+    is_delimited = False
+    while True:
+        # read twice as much if a story is long, so that it is searched for delimiters only a few times
+        chunk = file.read(max(1 << 20, len(rest)))
+        if not chunk:
+            break
+        *complete, rest = (rest + chunk).split(DELIMITER)
+        yield [story.strip('\r\n') for story in complete]
+        is_delimited = is_delimited or len(complete) > 0
+    if not is_delimited:
+        yield [rest]
+    elif rest.strip('\r\n'):
+        yield [rest.strip('\r\n')]
+
+
+def open_text(path):
+    """Open a .txt or .txt.gz: UTF-8 with or without a byte order mark, line breaks as they are."""
+    opener = gzip.open if path.suffix.lower() == '.gz' else open
+    return opener(path, 'rt', encoding='utf-8-sig', newline='')
+
+
+def is_document(path, stories):
+    """Return whether `path` is a .txt that is one document: one story and no delimiter."""
+    if len(stories) != 1 or file_type(path) != '.txt' or not path.is_file():
+        return False
+    with open_text(path) as file:
+        return DELIMITER not in file.read()
+
+
+def split_document(text, percentage):
+    """Return {split: Dataset}: as in nanoGPT, the first 90% of the characters are for training.
+
+    Of both parts, the first `percentage` percent are taken.
+    """
+    import datasets
+
+    cut = int(0.9 * len(text))
+    splits = {}
+    for split, part in ('train', text[:cut]), ('validation', text[cut:]):
+        length = max(1, int(len(part) * (percentage / 100)))
+        splits[split] = datasets.Dataset.from_dict({'text': [part[:length]]})
+    return splits
+
+
+# splits and columns -------------------------------------------------------------
+
+def group_by_split(names):
+    """Return ({split: names}, remark), by words such as val, valid, test and train in the names of files.
+
+    A test split is left out if there is a validation split, and serves as one otherwise.
+    Example: ['a-train.txt', 'a-valid.txt', 'test.txt'] gives
+    {'train': ['a-train.txt'], 'validation': ['a-valid.txt']} and a remark about test.txt.
+    """
+    train, val, test = [], [], []
+    for name in names:
+        words = set(re.split('[^a-z]+', name.lower()))
+        if 'val' in words or 'valid' in name.lower():
+            val.append(name)
+        elif 'test' in words and 'train' not in words:
+            test.append(name)
+        else:
+            train.append(name)
+    if not any('train' in re.split('[^a-z]+', name.lower()) for name in train):
+        # no file is called train: then `test` is just a name
+        train, test = train + test, []
+    remark = ''
+    if test and val:
+        remark = f'left out, as a test split: {", ".join(test)}'
+    elif test:
+        remark = f'for validation, as there is no other split: {", ".join(test)}'
+    val = val or test
+    if train and val:
+        return {'train': train, 'validation': val}, remark
+    return {'train': train + val}, remark
+
+
+def only_text(dataset, name, column):
+    """Return the Dataset with only its column of stories, named `text`. Raises UserError if it has none."""
+    wanted = [column] if column else ['text', 'story']
+    found = [column for column in wanted if column in dataset.column_names]
+    if not found:
+        others = ', '.join(dataset.column_names)[:200]
+        raise UserError(f"{name} has no column {' or '.join(wanted)}: type --text_column and one of {others}")
+    feature = dataset.features[found[0]]
+    if getattr(feature, 'dtype', '') not in ('string', 'large_string'):
+        raise UserError(f'{name} has no text in its column {found[0]!r} but {feature}')
+    return dataset.select_columns(found[0]).rename_columns({found[0]: 'text'})
+
+
+# worker processes ---------------------------------------------------------------
+
+SMALL = 1 << 24  # bytes of stories for which starting processes would take longer than the work
+STUCK_SECONDS = 30  # from the end of a worker process until we give up waiting for the library
+WORKER_KILLED = 'a worker process was killed, perhaps for lack of memory: try --num_proc 1'
+
+
+def map_stories(stories, function, description, columns, cache, num_proc=0, **arguments):
+    """Return stories.map(function): a Dataset with `columns` ({name: type}), an Arrow file in `cache`.
+
+    function(batch, **arguments) gets {'text': list of str, ...} and returns {column: list}.
+    description: what the progress bar shows.
+    num_proc: number of worker processes; 0: one per CPU core, 1: none.
+    Raises UserError if a worker process is killed.
+    """
+    import datasets
+    import multiprocess  # which the datasets library uses instead of multiprocessing
+
+    processes = num_proc or available_cores()
+    if processes == 1 or stories.data.nbytes < SMALL:
+        processes = None
+    try:
+        with children_follow_us(), give_up_if_stuck():
+            return stories.map(
+                function, batched=True, fn_kwargs=arguments, num_proc=processes, desc=description,
+                remove_columns=stories.column_names, cache_file_name=str(cache / f'{description}.arrow'),
+                features=datasets.Features({name: datasets.Value(kind) for name, kind in columns.items()}))
+    except (multiprocess.TimeoutError, EOFError, ConnectionError, RuntimeError) as error:
+        if was_interrupted(error):
+            raise KeyboardInterrupt from None
+        if isinstance(error, RuntimeError) and 'abruptly died' not in str(error):
+            raise
+        raise UserError(WORKER_KILLED) from error
+
+
+def available_cores():
+    """Return the number of CPU cores that this process may use."""
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+def was_interrupted(error):
+    """Return whether Ctrl-C led to this error: after it, the library's clean-up fails with a TimeoutError."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__context__
+    return False
+
+
+@contextlib.contextmanager
+def children_follow_us():
+    """In this context, child processes leave Ctrl-C to us, and end when we end (on Linux)."""
+    if sys.platform != 'linux':
+        yield
+        return
+    import multiprocess
+
+    multiprocess.set_start_method('fork', force=True)  # which is not the default of Python 3.14
+    follow_parent = register_follow_parent()
+    follow_parent.enabled = True
+    try:
+        yield
+    finally:
+        follow_parent.enabled = False
+
+
+@functools.cache  # once, because a hook cannot be removed again
+def register_follow_parent():
+    """Return a function that is called in every child process which is forked while its `enabled` is True."""
+    prctl = ctypes.CDLL(None).prctl
+    PR_SET_PDEATHSIG = 1
+
+    def follow_parent():
+        if follow_parent.enabled:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+    os.register_at_fork(after_in_child=follow_parent)
+    return follow_parent
+
+
+@contextlib.contextmanager
+def give_up_if_stuck():
+    """Raise UserError if a child process ends, but this context does not, within STUCK_SECONDS.
+
+    The library notices that a worker was killed and stops. But if that worker was idle, it held the lock of
+    the queue of jobs, and the library's clean-up waits for this lock forever.
+    """
+    if not hasattr(signal, 'SIGCHLD'):  # Windows
+        yield
+        return
+
+    def child_ended(*_):
+        # again every second after that, because an exception may be lost in a clean-up
+        signal.setitimer(signal.ITIMER_REAL, STUCK_SECONDS, 1)
+
+    def give_up(*_):
+        raise UserError(WORKER_KILLED)
+
+    before_child = signal.signal(signal.SIGCHLD, child_ended)
+    before_alarm = signal.signal(signal.SIGALRM, give_up)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGCHLD, before_child)
+        signal.signal(signal.SIGALRM, before_alarm)

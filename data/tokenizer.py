@@ -2,13 +2,14 @@
 
     encoding  ids, all of which fit uint16
     char      unk 0, bos 1, eos 2, the 256 bytes at 3 to 258, the characters by code point, <blank>, <middle>
-    bpe       unk 0, bos 1, eos 2, the 256 bytes at 3 to 258, sentencepiece's own pieces, <blank>, <middle>
+    bpe       unk 0, bos 1, eos 2, the 256 bytes at 3 to 258, sentencepiece's other pieces, <blank>, <middle>
     gpt2      GPT-2's 50,256 tokens, <|endoftext|>, <blank>, <middle>
 
-All are lossless, but for a sentencepiece model of others that has no bytes: what it has no piece for is unk,
-which spells nothing. No text gives a special id, whatever it spells. char and bpe put one space before text
-that is not empty, as sentencepiece and llama2.c do, and `decode` takes it away. sentencepiece writes a space
-as U+2581, so that character itself goes as its three bytes, in char too.
+decode(encode(text)) == text for every text. Only a foreign sentencepiece model without bytes loses what it
+has no piece for: it becomes unk, which decodes to nothing. No text encodes to a special id, even if it spells
+one. char and bpe put one space before a text that is not empty, as sentencepiece and llama2.c do, and
+`decode` removes it. sentencepiece writes a space as U+2581, so that character itself is encoded as its three
+bytes, in char too.
 """
 
 import base64
@@ -16,6 +17,7 @@ import hashlib
 import io
 import json
 import re
+import reprlib
 from itertools import chain
 from pathlib import Path
 
@@ -26,97 +28,113 @@ from data.shards import PREPARE, read_meta
 
 MAX_VOCAB_SIZE = 2**16  # ids are stored as uint16
 FIRST_BYTE = 3  # the id of byte 0 in char and bpe
-BYTE_PIECES = [b''] * FIRST_BYTE + [bytes([byte]) for byte in range(256)]  # what their ids 0 to 258 stand for
+BYTE_PIECES = [b''] * FIRST_BYTE + [bytes([byte]) for byte in range(256)]  # the bytes that ids 0 to 258 spell
 SPACE_MARK = '\u2581'
-MAX_SENTENCE = 4096  # characters that bpe learns from at a time
+MAX_SENTENCE = 4096  # characters of the longest line that bpe learns from
 MAX_TEXT = 100_000  # characters that a library encodes at a time: tiktoken fails on a million spaces
 
-# Of the vocabulary in tiktoken's form, as we keep it. tiktoken pins the same for its r50k_base.tiktoken.
+# sha256 of GPT-2's vocabulary in tiktoken's form; tiktoken pins the same for its r50k_base.tiktoken
 GPT2_SHA256 = '306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930'
 
 
 class Tokenizer:
-    """What all three share. A subclass has `encoding`, `file_name` and `_encode_parts`.
+    """What the three tokenizers share.
 
-    It is made from the bytes of its one file: some error if they are not such a file.
+    A subclass has `encoding`, `file_name` and `_encode_parts(parts)`. It is made from the content of its one
+    file, and raises an error if the content is not such a file.
     """
 
     delimiter = 1  # begins every story: bos
-    prefix = ' '
+    prefix = ' '  # encode puts it before a text
     lossless = True
 
     def __init__(self, data, pieces):
-        """data: its file's content. pieces: list of the bytes that each id, up to <blank>, stands for."""
+        """data: the file's content. pieces: list of the bytes that each id spells, except the last two."""
         self.files = {self.file_name: data}
         self._pieces = [*pieces, b'', b'']
         self.vocab_size = len(self._pieces)
-        self.blank, self.middle = self.vocab_size - 2, self.vocab_size - 1
+        self.blank = self.vocab_size - 2
+        self.middle = self.vocab_size - 1
         if self.vocab_size > MAX_VOCAB_SIZE:
             raise ValueError(f'{self.vocab_size} ids do not fit uint16')
 
     def __reduce__(self):
-        # To a worker process it goes as its file: the libraries' own pickles would lose what we changed.
+        # Worker processes get the file: the libraries' own pickles would lose what we change in them.
         return tokenizer_from_state, (self.state(),)
 
     def encode(self, text):
-        """The ids of `text` (list of int), [] for ''. UserError at a lone surrogate."""
-        return self.encode_pieces([(text, True)])[0][1:].tolist()
+        """Return the ids of `text`, a list of int. Raises UserError if it has a lone surrogate."""
+        ids, _ = self.encode_pieces([(text, True)])
+        return ids[1:].tolist()  # without the delimiter
 
     def encode_pieces(self, pieces):
-        """Encodes many texts at once, for shards.
+        """Encode many texts at once, for shards.
 
-        pieces: list of (text, starts_story). Where a story starts, the delimiter and `encode(text)`; where it
-        goes on, its tokens alone, no space put before them, so that the parts of a story decode to the whole
-        (the first is empty only if the story is). Parts made by `cut` have the whole's tokens.
+        pieces: list of (text, starts_story). A text that starts a story gives the delimiter and then
+        `encode(text)`. A text that continues a story gives its tokens only, with no space before them, so
+        that the pieces of a story decode to the whole story. (Its first piece may be empty only if the story
+        is.)
 
         Returns the ids (uint16, 1-D) and the number of ids of each piece (int64, 1-D).
-        UserError at a lone surrogate.
+        Example: [('The cat', True), (' sat.', False)] may give [1, 300, 301, 302, 303], [3, 2].
+        Raises UserError if there is a lone surrogate.
         """
-        parts, owner = [], []
-        for i, (text, starts) in enumerate(pieces):
-            text = self.prefix + text if starts and text else text
-            parts += [(part, starts and not n) for n, part in enumerate(cut(text, MAX_TEXT))]
-            owner += [i] * (len(parts) - len(owner))
+        parts = []  # (text, whether the delimiter comes before it): long texts are cut for the libraries
+        owners = []  # the piece that each part belongs to
+        for i, (text, starts_story) in enumerate(pieces):
+            if starts_story and text:
+                text = self.prefix + text
+            needs_delimiter = starts_story
+            for part in cut(text, MAX_TEXT):
+                parts.append((part, needs_delimiter))
+                owners.append(i)
+                needs_delimiter = False
         ids, sizes = self._encode_parts(parts)
         counts = np.zeros(len(pieces), np.int64)
-        np.add.at(counts, owner, sizes)
+        np.add.at(counts, owners, sizes)
         return ids, counts
 
     def decode(self, ids):
-        """The text of `ids` (each below vocab_size): special ids give nothing, invalid UTF-8 gives U+FFFD.
+        """Return the text of `ids` (each below vocab_size).
 
-        As ids are added the text only grows, but for the U+FFFD at its end of a character not yet whole.
+        Special ids give nothing, invalid UTF-8 gives U+FFFD. If ids are appended, the text only grows, except
+        for the U+FFFD of a character at its end whose bytes are not complete yet.
         """
-        return b''.join([self._pieces[i] for i in ids]).decode('utf-8', 'replace').removeprefix(self.prefix)
+        text = b''.join([self._pieces[i] for i in ids]).decode('utf-8', 'replace')
+        return text.removeprefix(self.prefix)
 
     def n_bytes(self, ids):
-        """How many bytes of UTF-8 `ids` (a 1-D array) spell, the space before each story not counted."""
+        """Return how many bytes of UTF-8 `ids` (a 1-D array) spell, without the space before each story."""
         sizes = np.array([len(piece) for piece in self._pieces])
-        return int(sizes[ids].sum()) - len(self.prefix) * int((ids == self.delimiter).sum())
+        n_stories = int((ids == self.delimiter).sum())
+        return int(sizes[ids].sum()) - len(self.prefix) * n_stories
 
     def n_lost(self, texts, ids):
-        """How many characters of `texts`, which data/infill.py has encoded, are not in their `ids`."""
+        """Return how many characters of `texts` are not in `ids`, to which infill.encode has encoded them."""
         if self.lossless:
             return 0
-        spaces = np.isin(ids, (self.delimiter, self.blank)).sum() - 1  # of which `decode` takes one away
-        return sum(map(len, texts)) - len(self.decode(ids)) + spaces
+        # each text, and each suffix of an infilled one, has a space before it; `decode` removes the first
+        n_spaces = np.isin(ids, (self.delimiter, self.blank)).sum() - 1
+        n_characters = sum(len(text) for text in texts)
+        return n_characters - (len(self.decode(ids)) - n_spaces)
 
     def state(self):
-        """Plain values for a checkpoint; `tokenizer_from_state` is the way back."""
+        """Return plain values for a checkpoint, from which `tokenizer_from_state` makes the tokenizer."""
         return {'encoding': self.encoding, 'files': self.files}
 
     def about(self):
-        """What meta.json says of it."""
-        names = 'encoding', 'vocab_size', 'delimiter', 'blank', 'middle'
-        return {name: getattr(self, name) for name in names}
+        """Return the tokenizer's entries of meta.json."""
+        return {'encoding': self.encoding, 'vocab_size': self.vocab_size, 'delimiter': self.delimiter,
+                'blank': self.blank, 'middle': self.middle}
 
     def save(self, folder):
+        """Write the tokenizer's file into a folder."""
         for name, data in self.files.items():
             Path(folder, name).write_bytes(data)
 
 
 class CharTokenizer(Tokenizer):
-    """One id a character; a character not in the vocabulary goes as its UTF-8 bytes."""
+    """One id per character; a character that is not in the vocabulary becomes its UTF-8 bytes."""
 
     encoding = 'char'
     file_name = 'tokenizer.json'  # a list of the characters
@@ -128,31 +146,36 @@ class CharTokenizer(Tokenizer):
         if ' ' not in chars or SPACE_MARK in chars or len(set(chars)) < len(chars):
             raise ValueError('no space, U+2581, or a character twice')
         super().__init__(data, BYTE_PIECES + [char.encode() for char in chars])
-        self._ids = np.zeros(0x110000, np.uint16)  # of every code point; 0 if it goes as bytes
+        self._ids = np.zeros(0x110000, np.uint16)  # id of every code point; 0 if it becomes bytes
         self._ids[[ord(char) for char in chars]] = np.arange(len(BYTE_PIECES), self.blank)
 
     @classmethod
     def train(cls, texts):
-        """All characters of `texts` (iterable of str), and ' '; of more than uint16 can hold, the lowest."""
-        chars = sorted({*characters(texts), ' '} - {SPACE_MARK})[:MAX_VOCAB_SIZE - len(BYTE_PIECES) - 2]
-        return cls(json.dumps(chars, ensure_ascii=False).encode())
+        """Return a tokenizer with all characters of `texts` (iterable of str), and ' '.
+
+        If there are more than fit uint16, those with the lowest code points are taken.
+        """
+        chars = {*unique_characters(texts), ' '} - {SPACE_MARK}
+        room = MAX_VOCAB_SIZE - len(BYTE_PIECES) - 2
+        return cls(json.dumps(sorted(chars)[:room], ensure_ascii=False).encode())
 
     def _encode_parts(self, parts):
-        # All texts in one look into a table; a space keeps the place of each delimiter.
-        texts = [' ' + text if starts else text for text, starts in parts]
-        bounds = np.cumsum([0, *map(len, texts)])
-        points = _code_points(''.join(texts))
+        # Look up all texts at once. A space in front of a text holds the place of its delimiter.
+        texts = [' ' + text if needs_delimiter else text for text, needs_delimiter in parts]
+        bounds = np.cumsum([0, *(len(text) for text in texts)])
+        points = code_points(''.join(texts))
         ids = self._ids.take(points)
         if not ids.all():
-            rare = points[ids == 0]
+            # replace the 0 of every unknown character by its 1 to 4 bytes of UTF-8
+            unknown = points[ids == 0]
             widths = np.ones(len(ids), np.int64)
-            widths[ids == 0] = 1 + (rare >= 0x80) + (rare >= 0x800) + (rare >= 0x10000)  # bytes of UTF-8
+            widths[ids == 0] += (unknown >= 0x80).astype(int) + (unknown >= 0x800) + (unknown >= 0x10000)
             ids = ids.repeat(widths)
-            utf8 = np.frombuffer(rare.tobytes().decode('utf-32-le').encode(), np.uint8)
+            utf8 = np.frombuffer(unknown.tobytes().decode('utf-32-le').encode(), np.uint8)
             ids[ids == 0] = utf8 + np.uint16(FIRST_BYTE)
             bounds = np.concatenate([[0], widths.cumsum()])[bounds]
-        starts = np.array([starts for _, starts in parts], bool)
-        ids[bounds[:-1][starts]] = self.delimiter
+        has_delimiter = np.array([needs_delimiter for _, needs_delimiter in parts], bool)
+        ids[bounds[:-1][has_delimiter]] = self.delimiter
         return ids, np.diff(bounds)
 
 
@@ -162,28 +185,32 @@ class BPETokenizer(Tokenizer):
     encoding = 'bpe'
     file_name = 'tokenizer.model'
 
-    # Protocol buffers that follow one another are merged. This one is a normalizer_spec (field 3 of a model)
-    # with precompiled_charsmap (2) empty, add_dummy_prefix (3) and remove_extra_whitespaces (4) off: text as
-    # it is, and the space before it ours to put. The file keeps add_dummy_prefix, for other programs.
-    AS_IT_IS = b'\x1a\x06\x12\x00\x18\x00\x20\x00'
+    # Protocol buffers that are concatenated are merged. This one is a normalizer_spec (field 3 of a model)
+    # with an empty precompiled_charsmap (2), and add_dummy_prefix (3) and remove_extra_whitespaces (4) off:
+    # sentencepiece does not change the text, and we put the space before it. The file itself keeps
+    # add_dummy_prefix, for other programs.
+    NO_NORMALIZATION = b'\x1a\x06\x12\x00\x18\x00\x20\x00'
 
     def __init__(self, data):
         import sentencepiece
 
-        self._model = model = sentencepiece.SentencePieceProcessor(model_proto=data + self.AS_IT_IS)
+        model = sentencepiece.SentencePieceProcessor(model_proto=data + self.NO_NORMALIZATION)
         ids = range(model.get_piece_size())
-        first = [model.unk_id(), model.bos_id(), model.eos_id(), *filter(model.is_byte, ids)]
+        first = [model.unk_id(), model.bos_id(), model.eos_id(), *(i for i in ids if model.is_byte(i))]
         if first not in (list(range(FIRST_BYTE)), list(range(len(BYTE_PIECES)))):
             raise ValueError('its ids are not unk 0, bos 1, eos 2, and the bytes 3 to 258 or none')
-        texts = ['' if model.is_control(i) else model.id_to_piece(i) for i in ids[len(first):]]
-        pieces = [text.replace(SPACE_MARK, ' ').encode() for text in texts]
-        super().__init__(data, BYTE_PIECES[:len(first)] + pieces)
+        pieces = BYTE_PIECES[:len(first)]
+        for i in ids[len(first):]:
+            text = '' if model.is_control(i) else model.id_to_piece(i)
+            pieces.append(text.replace(SPACE_MARK, ' ').encode())
+        super().__init__(data, pieces)
+        self._model = model
         self.lossless = len(first) > FIRST_BYTE
-        self._mark = [FIRST_BYTE + byte for byte in SPACE_MARK.encode()] if self.lossless else [0]
+        self._space_mark_ids = [FIRST_BYTE + byte for byte in SPACE_MARK.encode()] if self.lossless else [0]
 
     @classmethod
     def train(cls, texts, vocab_size):
-        """Learns from `texts` (iterable of str). UserError if vocab_size does not suit them."""
+        """Learn a vocabulary from `texts` (iterable of str). Raises UserError if vocab_size is unsuitable."""
         import sentencepiece
 
         if vocab_size > MAX_VOCAB_SIZE:
@@ -191,17 +218,21 @@ class BPETokenizer(Tokenizer):
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=_sentences(texts),
+                sentence_iterator=training_lines(texts),
                 model_writer=model,
                 model_type='bpe',
-                vocab_size=max(vocab_size - 2, 4),  # without ours; below 4 its error names no size
+                # without <blank> and <middle>; below 4, its error does not say which size would do
+                vocab_size=max(vocab_size - 2, 4),
                 byte_fallback=True,
-                character_coverage=0.99999,  # rows for letters, none for what comes once in 100,000
+                character_coverage=0.99999,  # no ids for characters rarer than 1 in 100,000
                 normalization_rule_name='identity',
                 remove_extra_whitespaces=False,
                 allow_whitespace_only_pieces=True,
-                max_sentence_length=4 * MAX_SENTENCE,  # bytes; longer ones would be left out
-                **{'unk_id': 0, 'bos_id': 1, 'eos_id': 2, 'pad_id': -1},
+                max_sentence_length=4 * MAX_SENTENCE,  # bytes; it would leave out longer ones
+                unk_id=0,
+                bos_id=1,
+                eos_id=2,
+                pad_id=-1,
                 minloglevel=3,
             )
         except (RuntimeError, SystemError) as error:
@@ -217,14 +248,26 @@ class BPETokenizer(Tokenizer):
         return cls(model.getvalue())
 
     def _encode_parts(self, parts):
-        lists = self._model.encode([_utf(text) for text, _ in parts], num_threads=1)
-        for i, (text, starts) in enumerate(parts):
+        texts = []
+        for text, _ in parts:
+            check_surrogates(text)
+            texts.append(text)
+        lists = self._model.encode(texts, num_threads=1)
+        for i, (text, needs_delimiter) in enumerate(parts):
             if SPACE_MARK in text:
-                head, *tail = self._model.encode(text.split(SPACE_MARK), num_threads=1)
-                lists[i] = head + [j for part in tail for j in self._mark + part]
-            if starts:
+                lists[i] = self._encode_space_marks(text)
+            if needs_delimiter:
                 lists[i].insert(0, self.delimiter)
-        return _flat(lists)
+        return concatenate(lists)
+
+    def _encode_space_marks(self, text):
+        """Return the ids of a text with U+2581, which sentencepiece would take for a space."""
+        ids = []
+        for i, part in enumerate(self._model.encode(text.split(SPACE_MARK), num_threads=1)):
+            if i > 0:
+                ids += self._space_mark_ids
+            ids += part
+        return ids
 
 
 class GPT2Tokenizer(Tokenizer):
@@ -244,91 +287,131 @@ class GPT2Tokenizer(Tokenizer):
             raise ValueError(f"its sha256 is not that of GPT-2's vocabulary, {GPT2_SHA256}")
         tokens = [base64.b64decode(line.split()[0]) for line in data.splitlines()]
         super().__init__(data, [*tokens, b''])
-        ranks = {token: rank for rank, token in enumerate(tokens)}
-        self._bpe = tiktoken.Encoding('gpt2', pat_str=r50k_pat_str, mergeable_ranks=ranks,
-                                      special_tokens={self._separator: self.delimiter})
+        self._bpe = tiktoken.Encoding(
+            'gpt2', pat_str=r50k_pat_str, mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
+            special_tokens={self._separator: self.delimiter})
 
     def _encode_parts(self, parts):
-        joined = self._separator.join(['', *(text for text, _ in parts)])
-        _utf(joined)  # tiktoken would replace a lone surrogate
-        if joined.count(self._separator) > len(parts):  # one text spells it, which is no token there
-            return _flat([[self.delimiter] * new + self._bpe.encode_ordinary(text) for text, new in parts])
-        # all texts at once, a delimiter before each, take a sixth less time
+        texts = [text for text, _ in parts]
+        joined = self._separator.join(['', *texts])
+        check_surrogates(joined)  # tiktoken would replace them
+        if joined.count(self._separator) > len(parts):
+            # a text spells the separator, which is not a special token there
+            lists = []
+            for text, needs_delimiter in parts:
+                ids = self._bpe.encode_ordinary(text)
+                lists.append([self.delimiter, *ids] if needs_delimiter else ids)
+            return concatenate(lists)
+
+        # encoding all texts at once, a delimiter before each, takes a sixth less time
         ids = self._bpe.encode_to_numpy(joined, allowed_special='all').astype(np.uint16)
-        first, starts = np.flatnonzero(ids == self.delimiter), np.array([starts for _, starts in parts], bool)
-        return np.delete(ids, first[~starts]), np.diff(first, append=len(ids)) - ~starts
+        first = np.flatnonzero(ids == self.delimiter)
+        needs_delimiter = np.array([needs_delimiter for _, needs_delimiter in parts], bool)
+        sizes = np.diff(first, append=len(ids)) - ~needs_delimiter
+        return np.delete(ids, first[~needs_delimiter]), sizes
 
 
-def cut(text, size):
-    """Yields `text` in parts of at most `size` characters, if it can where the tokens are those of the whole.
+CLASSES = {kind.encoding: kind for kind in (CharTokenizer, BPETokenizer, GPT2Tokenizer)}
 
-    That is before a space between two letters, as no token reaches over it. What has none is cut at `size`.
-    """
-    start = 0
-    while len(text) - start > size:
-        end = start + size
-        space = text.rfind(' ', start + 1, end + 1)
-        while space > 0 and not (text[space - 1].isalpha() and text[space + 1 : space + 2].isalpha()):
-            space = text.rfind(' ', start + 1, space)
-        end = space if space > 0 else end
-        yield text[start:end]
-        start = end
-    yield text[start:]
 
+# loading ------------------------------------------------------------------------
 
 def load_tokenizer(folder):
-    """The tokenizer of a folder that prepare.py wrote. UserError if there is none."""
+    """Return the tokenizer of a prepared folder. Raises UserError if it is missing or damaged."""
     meta = read_meta(folder)
     with user_errors(f'the tokenizer of {folder}', f'is missing or damaged ({PREPARE})'):
+        if meta['encoding'] not in CLASSES:
+            raise ValueError(f"no encoding {meta['encoding']!r}")
         name = CLASSES[meta['encoding']].file_name
-        files = {name: Path(folder, name).read_bytes()}
-        tokenizer = tokenizer_from_state({'encoding': meta['encoding'], 'files': files}, folder)
+        data = Path(folder, name).read_bytes()
+        tokenizer = tokenizer_from_state({'encoding': meta['encoding'], 'files': {name: data}}, folder)
         if tokenizer.vocab_size != meta['vocab_size']:
             raise ValueError(f"{name} has {tokenizer.vocab_size} ids, meta.json {meta['vocab_size']}")
     return tokenizer
 
 
 def tokenizer_from_state(state, where='the checkpoint'):
-    """The tokenizer whose `state()` this is. UserError, saying `where` it was, if it is none."""
+    """Return the tokenizer whose `state()` this is. Raises UserError if it is not one.
+
+    where: what the state is from, for the error's message.
+    """
     with user_errors(f'the tokenizer of {where}'):
-        tokenizer_class = CLASSES[state['encoding']]
-        return tokenizer_class(state['files'][tokenizer_class.file_name])
+        encoding = state.get('encoding') if isinstance(state, dict) else None
+        files = state.get('files') if isinstance(state, dict) else None
+        if not isinstance(encoding, str) or encoding not in CLASSES or not isinstance(files, dict):
+            raise ValueError(f'{reprlib.repr(state)} is not a tokenizer')
+        tokenizer_class = CLASSES[encoding]
+        data = files.get(tokenizer_class.file_name)
+        if not isinstance(data, bytes):
+            raise ValueError(f'it has no {tokenizer_class.file_name}')
+        return tokenizer_class(data)
 
 
-CLASSES = {kind.encoding: kind for kind in (CharTokenizer, BPETokenizer, GPT2Tokenizer)}
+# texts --------------------------------------------------------------------------
+
+def cut(text, size):
+    """Yield `text` in parts of at most `size` characters, cut where the tokens stay those of the whole text.
+
+    That is before a space between two letters, because no token continues across it. If there is none, the
+    text is cut at `size`.
+    """
+    start = 0
+    while len(text) - start > size:
+        end = start + size
+        space = text.rfind(' ', start + 1, end + 1)
+        while space > 0 and not (text[space - 1].isalpha() and text[space + 1:space + 2].isalpha()):
+            space = text.rfind(' ', start + 1, space)
+        if space > 0:
+            end = space
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
-def characters(texts):
-    """A string with every character of `texts` (a list of str). UserError at a lone surrogate."""
-    data = _utf(''.join(texts))
-    common = bytes({*data[:4096]} - {*range(128, 256)})  # nearly all: a set of the others is soon made
-    return common.decode() + ''.join({*data.translate(None, delete=common).decode()})
+def unique_characters(texts):
+    """Return a string with every character of `texts`, a list. Raises UserError at a lone surrogate."""
+    text = ''.join(texts)
+    check_surrogates(text)
+    data = text.encode()
+    # fast, because nearly all characters are the ASCII ones of the first 4 KB, and bytes are quickly deleted
+    common = bytes(byte for byte in set(data[:4096]) if byte < 128)
+    rare = set(data.translate(None, delete=common).decode())
+    return common.decode() + ''.join(rare)
 
 
-def _utf(text, form='utf-8'):
-    """`text` as bytes. UserError at a lone surrogate, which is half a character and has no UTF."""
+def check_surrogates(text):
+    """Raise UserError if `text` has a lone surrogate, which is half a character and has no UTF-8."""
     try:
-        return text.encode(form)
+        text.encode()
     except UnicodeEncodeError as error:
-        half, before = f'U+{ord(text[error.start]):04X}', text[max(error.start - 20, 0) : error.start]
-        raise UserError(f'lone surrogate {half} in a text, after {before!r}: put U+FFFD there') from None
+        before = text[max(error.start - 20, 0):error.start]
+        raise UserError(f'lone surrogate U+{ord(text[error.start]):04X} in a text, after {before!r}: '
+                        'put U+FFFD there') from None
 
 
-def _code_points(text):
-    return np.frombuffer(_utf(text, 'utf-32-le'), '<u4')
+def code_points(text):
+    """Return the code points of `text`, a 1-D uint32 array. Raises UserError at a lone surrogate."""
+    try:
+        return np.frombuffer(text.encode('utf-32-le'), '<u4')
+    except UnicodeEncodeError:
+        check_surrogates(text)
+        raise
 
 
-def _flat(lists):
-    """All ids as one array, and the number of each list's."""
-    return np.fromiter(chain.from_iterable(lists), np.uint16), np.array([len(ids) for ids in lists], np.int64)
+def concatenate(lists):
+    """Return all ids of some lists as one uint16 array, and the length of each list."""
+    ids = np.fromiter(chain.from_iterable(lists), np.uint16)
+    return ids, np.array([len(ids) for ids in lists], np.int64)
 
 
-def _sentences(texts):
-    """Lines, in parts short enough for sentencepiece's trainer.
+def training_lines(texts):
+    """Yield the lines of `texts`, in parts short enough for sentencepiece's trainer.
 
-    So line feeds, U+2581 and U+2585 (it leaves out the lines that have this one) go as bytes. A lone
-    surrogate is told of where the text is encoded: the library would lose the error raised here.
+    Lines end at a line feed, at U+2581 and at U+2585 (sentencepiece drops lines with it), so these become
+    bytes. Lone surrogates are replaced: the stories are encoded later, which reports them, while an error
+    raised here would be lost in the library.
     """
     for text in texts:
-        for line in re.split('[\n\u2581\u2585]', text.encode('utf-8', 'replace').decode()):
+        text = text.encode('utf-8', 'replace').decode()
+        for line in re.split('[\n\u2581\u2585]', text):
             yield from cut(line, MAX_SENTENCE)

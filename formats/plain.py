@@ -1,11 +1,14 @@
-"""Weights by our names as safetensors, the config as JSON, and the tokenizer's own file: for anyone."""
+"""Plain files for any program: weights under our names as safetensors, the config as JSON, the tokenizer."""
 
 import json
 
+from configurator import UserError, user_errors
+from core.checkpoint import config_of
 from data.tokenizer import CLASSES
 from data.tokenizer_files import read_tokenizer
 from formats import base
-from model import GPTConfig
+
+FORMAT_NAME = 'stories'  # in config.json, tells our files from Hugging Face's
 
 
 class Safetensors(base.Importer):
@@ -13,8 +16,9 @@ class Safetensors(base.Importer):
 
     def write(self, path, checkpoint, tokenizer):
         from safetensors.torch import save_file
+
         save_file(base.own_weights(checkpoint), path / 'model.safetensors')
-        about = {'format': 'stories', 'config': checkpoint['config'], 'encoding': tokenizer.encoding,
+        about = {'format': FORMAT_NAME, 'config': checkpoint['config'], 'encoding': tokenizer.encoding,
                  'tokenizer_file': tokenizer.file_name, 'delimiter': tokenizer.delimiter,
                  'blank': tokenizer.blank, 'middle': tokenizer.middle}
         (path / 'config.json').write_text(json.dumps(about, indent=1) + '\n', encoding='utf-8')
@@ -22,11 +26,27 @@ class Safetensors(base.Importer):
 
     def load_weights(self, path):
         from safetensors.torch import load_file
-        config = GPTConfig(**json.loads((path / 'config.json').read_bytes())['config'])
-        return config, load_file(path / 'model.safetensors')
+
+        config = read_config(path)
+        with user_errors(path / 'model.safetensors'):
+            return config, load_file(path / 'model.safetensors')
 
     def load_tokenizer(self, path):
+        """Read the tokenizer. Raises UserError if there is none, or it belongs to another model."""
         tokenizer = read_tokenizer(path)
-        if tokenizer.vocab_size != json.loads((path / 'config.json').read_bytes())['config']['vocab_size']:
-            raise ValueError(f'{tokenizer.file_name} is of another model')
+        if tokenizer is None:
+            raise UserError(f'{path} has no tokenizer')
+        if tokenizer.vocab_size != read_config(path).vocab_size:
+            raise UserError(f'{path / tokenizer.file_name} belongs to another model: '
+                            'it does not have the vocab_size of config.json')
         return tokenizer
+
+
+def read_config(path):
+    """Return the GPTConfig of a folder. Raises UserError if config.json is damaged."""
+    content = base.read_json_object(path / 'config.json')
+    with user_errors(path / 'config.json'):
+        values = content.get('config')
+        if not isinstance(values, dict):
+            raise ValueError('its config is not an object')
+        return config_of(values)

@@ -1,17 +1,19 @@
-"""The built-in corpus: little stories in TinyStories' manner (Eldan and Li, 2023), made by a seeded grammar.
+"""The built-in corpus: small stories in the style of TinyStories (Eldan and Li, 2023), from a seeded grammar.
 
-It serves where there is no internet. Each plot is one text in which `[a|b|c]` is a choice, also between whole
-paragraphs, and `{slot}` a word that is drawn once a story, so that what belongs together stays together:
+You can train on it without internet. Each plot is one text in which `[a|b|c]` is a choice, also between whole
+paragraphs, and `{slot}` is a word that is drawn once per story, so that the same word is used throughout:
 
     {name} {kind} {he} {him} {his}  the hero, a child or an animal
-    {friend} {fkind} {fhe} ...      the other one: a boy where the hero is a girl, so "he" is never unclear
+    {friend} {fkind} {fhe} ...      the friend: a boy if the hero is a girl, so "he" is never ambiguous
     {parent} {phe} ...              mom, dad, grandma or grandpa
     {item} {thing}                  what the story is about, without and with its color: kite, red kite
 
-A slot with a capital gives its word with a capital. The first sentence names the hero and the wish, and the
-last one answers it, so that a small model can see from a story's beginning how it goes on.
+A capitalized slot gives a capitalized word. The first paragraph names the hero and what the hero wants, and
+the last one comes back to it, so that a small model can tell from a story's beginning how it continues.
+
+    python data/tiny_stories/sample_stories.py      # prints three stories
 """
-import math
+
 import random
 import re
 
@@ -30,7 +32,7 @@ NAMES = {
 PRONOUNS = {'he': 'he him his boy brother', 'she': 'she her her girl sister'}
 ANIMALS = 'badger bear beaver fox hedgehog mouse otter rabbit raccoon squirrel'
 PARENTS = {'mom': 'she', 'dad': 'he', 'grandma': 'she', 'grandpa': 'he'}
-WORLDS = {  # tables like those of the plots below
+WORLDS = {  # tables of words, like those of the plots below
     'child': {
         'land': 'a quiet town|a town by the sea|a town near the hills',
         'place': 'the park|the meadow|the field',
@@ -56,8 +58,8 @@ COLORS = 'red|blue|green|yellow|orange|purple|pink|white'
 TOYS = 'ball|doll|drum|puppet|robot|toy boat|toy car|toy duck|toy horse|toy train'
 BOTH, CHILD, ANIMAL = ('child', 'animal'), ('child',), ('animal',)
 
-# A plot is (heroes, tables, text). A story draws one entry of each table: 'word|word', or, where several
-# words depend on one another, 'slot slot': ['word / word', ...].
+# A plot is (heroes, tables, text). A story draws one entry of each table. A table is 'slot': 'word|word', or,
+# if words depend on each other, 'slot slot': ['word / word', ...].
 PLOTS = {
     'lost toy': (BOTH, {'item': TOYS, 'spot': 'by the old tree|near the gate|behind the big bush'}, """
 {once} who had a {thing}.
@@ -472,7 +474,7 @@ At last, {he} found the {item} and [brought it back|gave it back] to {friend}.
 
 
 class Words(dict):
-    """A story's slots; a key with a capital gives the word with a capital."""
+    """The words of a story, {slot: word}. A capitalized slot gives the capitalized word."""
 
     def __missing__(self, key):
         if key == key.lower():
@@ -482,18 +484,22 @@ class Words(dict):
 
 
 def expand(text, words, rng):
-    """`text` with every {slot} and every [a|b|c] replaced, the innermost first, until there are no more."""
+    """Replace every {slot} and every [a|b|c] in `text`, the innermost first, until none is left."""
     def pick(match):
-        slot, choice = match.groups()
-        return words[slot] if slot else rng.choice(choice.split('|')).strip()
+        slot, choices = match.groups()
+        if slot:
+            return words[slot]
+        return rng.choice(choices.split('|')).strip()
 
-    while (expanded := re.sub(r'\{(\w+)\}|\[([^][{}]*)\]', pick, text)) != text:
+    while True:
+        expanded = re.sub(r'\{(\w+)\}|\[([^][{}]*)\]', pick, text)
+        if expanded == text:
+            return text
         text = expanded
-    return text
 
 
 def draw_words(heroes, tables, rng):
-    """The words of one story, whose hero is one of `heroes`, with an entry from each of its tables."""
+    """Draw the words of one story. heroes: the worlds that the hero may come from, 'child' or 'animal'."""
     def pronouns(prefix, sex):
         keys = [prefix + key for key in ('he', 'him', 'his', 'kind', 'sibling')]
         words.update(zip(keys, PRONOUNS[sex].split(), strict=True))
@@ -501,31 +507,34 @@ def draw_words(heroes, tables, rng):
     world = rng.choice(heroes)
     hero, friend = rng.sample(['he', 'she'], 2)
     words = Words(PHRASES)
-    words['name'], words['friend'] = (rng.choice(NAMES[world][sex].split()) for sex in (hero, friend))
+    words['name'] = rng.choice(NAMES[world][hero].split())
+    words['friend'] = rng.choice(NAMES[world][friend].split())
     pronouns('', hero)
     pronouns('f', friend)
     if world == 'animal':
         words['kind'], words['fkind'] = rng.sample(ANIMALS.split(), 2)
-    everyone = {'color': COLORS, 'parent': '|'.join(PARENTS)}
-    for slots, table in (everyone | WORLDS[world] | tables).items():
-        row = rng.choice(table.split('|') if isinstance(table, str) else table)
+    tables = {'color': COLORS, 'parent': '|'.join(PARENTS)} | WORLDS[world] | tables
+    for slots, entries in tables.items():
+        if isinstance(entries, str):
+            entries = entries.split('|')
+        row = rng.choice(entries)
         words.update(zip(slots.split(), row.split(' / '), strict=True))
     pronouns('p', PARENTS[words['parent']])
     return words
 
 
 def write_story(rng):
-    """The paragraphs of one story."""
+    """Write one story. Return its paragraphs, a list of str."""
     heroes, tables, text = rng.choice(list(PLOTS.values()))
     text = expand(text, draw_words(heroes, tables, rng), rng)
-    text = re.sub(r'\b([Aa]) (?=[aeiou])', r'\1n ', text)
+    text = re.sub(r'\b([Aa]) (?=[aeiou])', r'\1n ', text)  # a owl -> an owl
     return [' '.join(paragraph.split()) for paragraph in text.strip().split('\n\n')]
 
 
 def stories(n, seed):
-    """Yield `n` stories of 60 to 250 words, paragraphs separated by a blank line; no paragraph comes twice.
+    """Yield `n` stories of 60 to 250 words. A blank line separates paragraphs, and no paragraph repeats.
 
-    The same seed gives the same stories, and a smaller `n` the first of them.
+    The same seed gives the same stories; a smaller `n` gives the first of them.
     """
     rng = random.Random(seed)
     seen = set()
@@ -535,63 +544,6 @@ def stories(n, seed):
             seen.update(paragraphs)
             n -= 1
             yield '\n\n'.join(paragraphs)
-
-
-# whether a story, of a model maybe, is as the grammar would have it
-
-def entries(tables, *slots):
-    """The set of all words that some tables have for these slots."""
-    return {row.split(' / ')[keys.split().index(slot)] for table in tables for keys, rows in table.items()
-            for slot in slots if slot in keys.split()
-            for row in (rows.split('|') if isinstance(rows, str) else rows)}
-
-
-def any_of(options):
-    """A pattern for one of them as a whole, the longest first: a toy car is no car."""
-    return rf"\b(?:{'|'.join(sorted(options, key=lambda option: (-len(option), option)))})\b"
-
-
-OBJECTS = entries([tables for _, tables, _ in PLOTS.values()], 'item')
-SPOTS = entries([PLOTS['lost toy'][1]], 'spot')
-SEXES = [{*(NAMES['child'][sex] + ' ' + NAMES['animal'][sex]).split()} for sex in PRONOUNS]
-SIGNS = {world: {*' '.join(NAMES[world].values()).split(), *entries([tables], 'hand', 'judge')}
-         for world, tables in WORLDS.items()}  # that tell an animal's story from a child's
-LANDS = {world: entries([tables], 'land', 'place') for world, tables in WORLDS.items()}
-
-
-def keeps(story):
-    """{kind: whether the story keeps it to the end}, of the kinds it has; every story of this grammar does.
-
-    name: the last paragraph names the hero, and nobody else in the story is of the hero's sex.
-    animal: no name, hand or judge is of a child's story where the hero is an animal, nor the reverse.
-    object: the first one of the first paragraph stands in the last one, too.
-    place: it suits the hero, an animal or a child, and what was lost in one spot is found in that spot.
-    A story that does not begin with its hero keeps neither name nor animal.
-    """
-    def found(options, text=story):
-        return {*re.findall(any_of(options), text)}
-
-    first, _, rest = story.partition('\n\n')
-    last = rest.split('\n\n')[-1]  # of a lone paragraph nothing is left
-    result, item = {'name': False, 'animal': False}, re.search(any_of(OBJECTS), first)
-    if hero := re.search(rf"\b(boy|girl|{ANIMALS.replace(' ', '|')}) named (\w+)", first):
-        kind, name = hero.groups()
-        own, other = ('animal', 'child') if kind in ANIMALS.split() else ('child', 'animal')
-        rivals = next((names for names in SEXES if name in names), {name})
-        result['name'] = name in found({name}, last) and found(rivals) == {name}
-        result['animal'] = not found(SIGNS[other])
-        if found(LANDS[own] | LANDS[other] | SPOTS):
-            result['place'] = not found(LANDS[other] - LANDS[own]) and len(found(SPOTS)) < 2
-    if item:
-        result['object'] = bool(found({item[0]}, last))
-    return result
-
-
-def kept(stories, kind):
-    """Share of the stories that keep the name, animal, object or place (`kind`) to the end, of those that
-    have one, nan if none has. That of this corpus is 1."""
-    found = [flags[kind] for flags in map(keeps, stories) if kind in flags]
-    return sum(found) / len(found) if found else math.nan
 
 
 if __name__ == '__main__':

@@ -1,90 +1,187 @@
-"""Token files that others made, as nanoGPT and llama2.c write them: flat uint16, in each split one stream.
+"""Turn token files of other projects (nanoGPT, llama2.c) into our token shards, meta.json and a tokenizer.
 
-nanoGPT's train.bin and val.bin hold GPT-2's ids, or numbers of characters: the place of each among the sorted
-characters of the text, which is therefore given as the tokenizer (its meta.pkl says the same, but to read a
-pickle is to run it). llama2.c's data00.bin, data01.bin, ... hold the ids of a sentencepiece model; the first
-is for validation.
+    python data/token_files/prepare.py --source nanoGPT/data/openwebtext --encoding_type gpt2
+    python data/token_files/prepare.py --source nanoGPT/data/shakespeare_char --tokenizer input.txt
+    python data/token_files/prepare.py --source llama2.c/data/tok4096 --tokenizer tok4096.model
+
+The files are flat uint16. nanoGPT's train.bin and val.bin hold GPT-2's ids, or numbers of characters: the
+place of each in the sorted characters of the text, so give this text (a .txt) as the tokenizer. (nanoGPT's
+meta.pkl says the same, but reading a pickle runs code.) llama2.c's data00.bin, data01.bin, ... hold ids of a
+sentencepiece model; the first file is for validation.
 """
 
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it runs from any working directory
+
+import shlex
 
 import numpy as np
 
-from configurator import UserError
-from data.shards import ShardWriter
+from configurator import SettingError, UserError, configure, in_range, one_of, run, script_path
+from data.shards import ShardWriter, write_dataset_atomically, write_meta
+from data.tokenizer_files import load_gpt2, open_tokenizer
+
+source = ''  # the folder of the token files
+tokenizer = ''  # what made the tokens: a run, prepared folder, pretrained model, file, or nanoGPT's .txt
+encoding_type = 'auto'  # gpt2 for GPT-2's vocabulary without a --tokenizer; auto: that of the tokenizer
+data_percentage = 100.0  # percentage of each split's tokens to use, from its start
+val_percentage = 1.0  # percentage of the tokens, at the end, for validation if there is no file for it
+out_dir = ''  # where to write; '' is the folder of this script
+offline = False  # never use the network: read GPT-2's vocabulary from a cache
 
 CHUNK = 1 << 22  # tokens read at a time
 
+# -----------------------------------------------------------------------------
 
-def token_files(source):
-    """{split: [paths]} of the token files in the folder `source`, {} where there are none: where stories lie
-    beside them under the same names, as llama2.c has them, those are what counts."""
-    files = sorted(file for file in Path(source).glob('*.bin') if file.is_file())
-    val, train, data = ([file for file in files if file.stem.startswith(name)]
-                        for name in ('val', 'train', 'data'))
-    if data and not (val or train):
-        val, train = (data[:1], data[1:]) if len(data) > 1 else ([], data)
-    stories = [file for file in train + val if file.with_suffix('.json').exists()]
-    return {'train': train, 'val': val} if train and not stories else {}
+def main():
+    check_settings()
+    files = find_token_files(Path(source))
+    folder = Path(out_dir or Path(__file__).parent)
+    with write_dataset_atomically(folder) as (new, _):
+        enc = load_tokenizer()
+        our_ids = ids_of_their_tokens(enc)
+        split_meta = {}
+        n_unknown = 0
+        for split, tokens in split_tokens(files).items():
+            split_meta[split], unknown = write_shards(split, tokens, our_ids, enc, new)
+            n_unknown += unknown
+        enc.save(new)
+        write_meta(new, enc, source, 0.0, split_meta)
+        sample = enc.decode(np.fromfile(new / 'val_00000.bin', '<u2', 40))
+
+    names = ', '.join(file.name for file in files['train'] + files['val'])
+    print(f'tokens of {names[:200]}, such as {sample!r} (if this is not text, another tokenizer made them)')
+    if n_unknown:
+        print(f'lost: {n_unknown:,} tokens are unknown, and stand for no text')
+    n_tokens = split_meta['train']['tokens'] + split_meta['val']['tokens']
+    print(f'tokens: {n_tokens:,} ({enc.encoding}, {enc.vocab_size:,} ids)')
+    print('next: python', script_path('train.py'), '--dataset', shlex.quote(out_dir or 'token_files'))
 
 
-def write_streams(files, enc, tokenizer, val_share, share, folder):
-    """Writes the shards of {split: [paths]} into `folder`. Returns the splits of meta.json, and what to say.
+def check_settings():
+    """Check the settings. Raises SettingError."""
+    if not source:
+        raise SettingError('name the folder of the token files with --source')
+    one_of(('auto', 'gpt2'), encoding_type=encoding_type)
+    if not tokenizer and encoding_type != 'gpt2':
+        raise SettingError('name the tokenizer that made the tokens: --tokenizer and its path (for the '
+                           'characters of nanoGPT, their .txt), or --encoding_type gpt2')
+    in_range(above=0, at_most=100, data_percentage=data_percentage)
+    in_range(above=0, below=100, val_percentage=val_percentage)
 
-    enc: the tokenizer, out of the path `tokenizer`: a .txt is the text of nanoGPT's characters. val_share: of
-    the tokens, the last, for validation where no file is. share: of each split's tokens, the first, that are
-    used. Both are from 0 to 1. Raises UserError where a file does not hold such tokens.
+
+def load_tokenizer():
+    """Return the tokenizer that made the tokens."""
+    if not tokenizer:
+        return load_gpt2(offline)
+    enc = open_tokenizer(tokenizer)
+    if encoding_type not in ('auto', enc.encoding):
+        raise SettingError(f'{tokenizer} is {enc.encoding}: leave out --encoding_type {encoding_type}')
+    return enc
+
+
+def find_token_files(folder):
+    """Return {'train': paths, 'val': paths}. Raises UserError if the folder has no token files."""
+    files = sorted(file for file in folder.glob('*.bin') if file.is_file())
+    train = [file for file in files if file.stem.startswith('train')]
+    val = [file for file in files if file.stem.startswith('val')]
+    shards = [file for file in files if file.stem.startswith('data')]  # llama2.c's
+    if not train and not val and len(shards) > 1:
+        val, train = shards[:1], shards[1:]
+    elif not train and not val:
+        train = shards
+    if not train:
+        raise UserError(f'{folder} holds no token files: train*.bin and val*.bin, or data*.bin')
+    for file in train + val:
+        size = file.stat().st_size
+        if size % 2:
+            raise UserError(f'{file} has {size:,} bytes: tokens of uint16 have two each')
+    if val and not any(file.stat().st_size for file in val):
+        raise UserError(f'{val[0]} is empty: remove it, and the end of the others is for validation')
+    return {'train': train, 'val': val}
+
+
+def split_tokens(files):
+    """Return {split: its tokens}, as `token_chunks` yields them.
+
+    Without files for validation, these are the last `val_percentage` percent of the tokens. Of each split,
+    the first `data_percentage` percent are taken. Raises UserError if a split has fewer than two tokens.
     """
-    ids = characters_of(enc, tokenizer) if tokenizer.endswith('.txt') else np.arange(enc.blank, dtype='<u2')
-    streams = {split: opened(paths) for split, paths in files.items()}
-    n_train, n_val = (sum(len(tokens) for _, tokens in streams[split]) for split in ('train', 'val'))
-    bounds = {'train': (0, n_train), 'val': (0, n_val)}
-    if files['val'] and not n_val:
-        raise UserError(f"{files['val'][0]} is empty: remove it, and the end of the others is for validation")
-    if not n_val:
-        cut = n_train - max(2, int(n_train * val_share))
-        streams['val'], bounds = streams['train'], {'train': (0, cut), 'val': (cut, n_train)}
-    splits, unknown = {}, 0
-    for split, (start, stop) in bounds.items():
+    n_train = count_tokens(files['train'])
+    n_val = count_tokens(files['val'])
+    if n_val:
+        parts = {'train': (files['train'], 0, n_train), 'val': (files['val'], 0, n_val)}
+    else:
+        cut = n_train - max(2, int(n_train * (val_percentage / 100)))
+        parts = {'train': (files['train'], 0, cut), 'val': (files['train'], cut, n_train)}
+    splits = {}
+    for split, (paths, start, stop) in parts.items():
         if stop - start < 2:
-            raise UserError(f"{files['train'][0].parent} has too few tokens for training and validation")
-        writer, stories, n_bytes = ShardWriter(folder, split), 0, 0
-        for path, tokens in chunks(streams[split], start, start + max(2, int((stop - start) * share))):
-            if tokens.max() >= len(ids):
-                raise UserError(f"{path} has token {tokens.max()}, beyond the {len(ids):,} of "
-                                f"{tokenizer or 'GPT-2'}: name the tokenizer that it was made with")
-            tokens = ids[tokens]
-            writer.write(tokens)
-            stories, n_bytes = stories + int((tokens == enc.delimiter).sum()), n_bytes + enc.n_bytes(tokens)
-            unknown += 0 if enc.lossless else int((tokens == 0).sum())
-        shards = writer.close()
-        splits[split] = {'stories': stories, 'tokens': sum(shard['tokens'] for shard in shards),
-                         'bytes': n_bytes, 'shards': shards, 'infilled': 0, 'too_short': 0}
-    names = ', '.join(file.name for paths in files.values() for file in paths)[:200]
-    first = enc.decode(np.fromfile(folder / 'val_00000.bin', '<u2', 40))
-    return splits, [f'tokens of {names}, such as {first!r} (no text? then another tokenizer made them)',
-                    *[f'lost: {unknown:,} tokens are unknown, and stand for no text'] * (unknown > 0)]
+            raise UserError(f'{paths[0].parent} has too few tokens for training and validation')
+        n_used = max(2, int((stop - start) * (data_percentage / 100)))
+        splits[split] = token_chunks(paths, start, start + n_used)
+    return splits
 
 
-def characters_of(enc, path):
-    """What nanoGPT's numbers of the characters in the text `path` are in its CharTokenizer: uint16, 1-D."""
-    ids = [enc.encode(char)[1:] for char in sorted({*Path(path).read_text(encoding='utf-8')})]
-    if any(len(of_char) > 1 for of_char in ids):
-        raise UserError(f'{path} has U+2581, which is three tokens here: no token file can have it')
-    return np.array(ids, '<u2')[:, 0]
+def count_tokens(paths):
+    return sum(path.stat().st_size // 2 for path in paths)
 
 
-def opened(paths):
-    """[(path, its memory-mapped tokens)]. Raises UserError for a file that ends in half a token."""
+def token_chunks(paths, start, stop):
+    """Yield (path, uint16 array) for tokens start to stop of the files, which are one stream."""
+    offset = 0  # the stream's position of the file's first token
     for path in paths:
-        if path.stat().st_size % 2:
-            raise UserError(f'{path} has {path.stat().st_size:,} bytes: tokens of uint16 have two each')
-    return [(path, np.memmap(path, '<u2', 'r')) for path in paths if path.stat().st_size]
+        n_tokens = count_tokens([path])
+        if n_tokens:
+            tokens = np.memmap(path, '<u2', 'r')
+            first = max(start - offset, 0)
+            last = min(stop - offset, n_tokens)
+            for i in range(first, last, CHUNK):
+                yield path, tokens[i:min(i + CHUNK, last)]
+        offset += n_tokens
 
 
-def chunks(stream, start, stop):
-    """Yields (path, tokens), in all the tokens start to stop of a stream that `opened` gives."""
-    for path, tokens in stream:
-        part = tokens[max(start, 0):max(stop, 0)]
-        yield from ((path, part[i:i + CHUNK]) for i in range(0, len(part), CHUNK))
-        start, stop = start - len(tokens), stop - len(tokens)
+def ids_of_their_tokens(enc):
+    """Return our id of each of their tokens, a uint16 array.
+
+    They are the same, unless a .txt was given: then their token i is the i-th character of the text, sorted.
+    """
+    if not tokenizer.endswith('.txt'):
+        return np.arange(enc.blank, dtype='<u2')
+    ids = []
+    for char in sorted(set(Path(tokenizer).read_text(encoding='utf-8'))):
+        of_char = enc.encode(char)[1:]  # without the space before it
+        if len(of_char) > 1:
+            raise UserError(f'{tokenizer} has U+2581, which is three tokens here: no token file can have it')
+        ids += of_char
+    return np.array(ids, '<u2')
+
+
+def write_shards(split, chunks, our_ids, enc, folder):
+    """Write the shards of a split into `folder`. Return (entry of meta.json, number of unknown tokens).
+
+    Raises UserError if there is a token that the tokenizer does not have.
+    """
+    writer = ShardWriter(folder, split)
+    counts = {'stories': 0, 'tokens': 0, 'bytes': 0}
+    n_unknown = 0
+    for path, their_tokens in chunks:
+        highest = their_tokens.max()
+        if highest >= len(our_ids):
+            raise UserError(f"{path} has token {highest}, beyond the {len(our_ids):,} of "
+                            f"{tokenizer or 'GPT-2'}: name the tokenizer that it was made with")
+        tokens = our_ids[their_tokens]
+        writer.write(tokens)
+        counts['stories'] += int((tokens == enc.delimiter).sum())
+        counts['tokens'] += len(tokens)
+        counts['bytes'] += enc.n_bytes(tokens)
+        if not enc.lossless:
+            n_unknown += int((tokens == 0).sum())
+    return counts | {'infilled': 0, 'too_short': 0, 'shards': writer.close()}, n_unknown
+
+
+if __name__ == '__main__':
+    configure(globals())
+    run(main)

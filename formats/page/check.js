@@ -1,4 +1,5 @@
-// Reads a page as a browser would, without one: a line of JSON in, what is asked for, a line out. For Node.
+// Runs the model of a page under Node, for export.py. Each line of JSON on stdin is a question; the answer is
+// a line of JSON on stdout. The first argument is the path of the page.
 'use strict';
 
 const fs = require('fs'), vm = require('vm');

@@ -1,7 +1,10 @@
-// The model of a page: the forward pass of model.py for one token at a time, drawing the next, and writing.
+// The model of the page: the forward pass of model.py for one token at a time, sampling, and writing.
+//
+// Vectors and matrices are in one WebAssembly.Memory, and a pointer is a byte offset into it. Weights are
+// int8, activations are rounded to int16 before each matrix product, everything else is float32.
 'use strict';
 
-// What kernel.wat does, in plain JavaScript, for a browser without SIMD; pointers as there.
+// The functions of kernel.wat in plain JavaScript, for a browser without SIMD. kernel.wat explains them.
 function plainKernel(memory) {
   const int8 = new Int8Array(memory.buffer), int16 = new Int16Array(memory.buffer);
   const float = new Float32Array(memory.buffer);
@@ -51,11 +54,14 @@ function plainKernel(memory) {
   };
 }
 
-// Whether this browser has what kernel.wasm needs.
+// Returns whether this browser can run kernel.wasm.
 const hasSimd = wasm => typeof WebAssembly === 'object' && WebAssembly.validate(wasm);
 
-// The model of `config` (GPTConfig's names), and `tensors`, [name, shape] of each weight in `bytes`, in this
-// order: a matrix as its int8 numbers and a bfloat16 scale for each row, other tensors as float32.
+// Makes the model: {forward, write, simd}.
+//
+// config: the values of GPTConfig, by its names. tensors: [name, shape] of each weight, in the order in which
+// they are in `bytes`: a matrix as int8 numbers and then a bfloat16 scale for each row, anything else as
+// float32. wasm: the bytes of kernel.wasm.
 function makeModel(config, tensors, bytes, wasm) {
   const {n_embd: width, n_head: heads, n_kv_head: kvHeads, n_layer: layers, block_size: context} = config;
   const headWidth = width / heads, up = (n, unit) => Math.ceil(n / unit) * unit;
@@ -72,7 +78,7 @@ function makeModel(config, tensors, bytes, wasm) {
       from += rows * columns + 2 * rows;
     }
   }
-  if (from !== bytes.length) throw Error(`The model has ${bytes.length} bytes in place of ${from}.`);
+  if (from !== bytes.length) throw Error(`The model has ${bytes.length} bytes instead of ${from}.`);
   const widest = Math.max(...Object.values(matrices).map(matrix => Math.max(matrix.columns, matrix.rows)));
   const keys = Array.from({length: layers}, () => room(context * kvBytes));
   const values = keys.map(() => room(context * kvBytes));
@@ -101,16 +107,17 @@ function makeModel(config, tensors, bytes, wasm) {
   function addRow({w, scale, columns}, row, x) {
     for (let i = 0; i < x.length; i++) x[i] += int8[w + row * columns + i] * float[scale / 4 + row];
   }
-  // Rounds x for the products that follow, as finely as their sums of 32 bits allow; returns its scale.
+  // Rounds the n numbers at x to integers for the products that follow, as finely as their 32-bit sums allow.
+  // Returns the scale.
   const round = (x, n) => kernel.round(x, rounded, up(n, 8), Math.min(2 ** 31 / (127 * n), 2 ** 15) - 1);
-  // The product of a matrix with what `round` has taken last, at `out`.
+  // Multiplies a matrix with the vector that `round` rounded last. Returns the result, which is at `out`.
   function product({w, scale, rows, columns, shape}, xScale, out = y, bias) {
     kernel.product(w, scale, rounded, xScale, out, rows, columns);
     const result = floats(out, shape[0]);
     if (bias) for (let i = 0; i < result.length; i++) result[i] += bias[i];
     return result;
   }
-  const part = name => ({  // a linear layer or a norm
+  const part = name => ({  // the weights of a linear layer or a norm
     matrix: matrices[`${name}.weight`], weight: vectors[`${name}.weight`], bias: vectors[`${name}.bias`]});
   const blocks = keys.map((_, layer) => {
     const names = ['attn_norm', 'attn.q', 'attn.k', 'attn.v', 'attn.q_norm', 'attn.k_norm', 'attn.proj',
@@ -135,7 +142,8 @@ function makeModel(config, tensors, bytes, wasm) {
     const angle = angles(headWidth, config.rope_theta, t);
     return [Float32Array.from(angle, Math.cos), Float32Array.from(angle, Math.sin)];
   });
-  // Copies heads of x, headWidth apart, to `to`, headBytes apart; normalised and rotated as the model has it.
+  // Copies the heads in x to `to`, where each begins headBytes after the one before. On the way they are
+  // normalised (qk_norm) and rotated (rope) for position t if the model does so, and multiplied by `factor`.
   function place(x, to, t, ownNorm, factor = 1) {
     for (let from = 0, at = to / 4; from < x.length; from += headWidth, at += headBytes / 4) {
       for (let i = 0; i < headWidth; i++) float[at + i] = x[from + i];
@@ -166,13 +174,13 @@ function makeModel(config, tensors, bytes, wasm) {
   function add(more) {
     for (let i = 0; i < width; i++) stream[i] += more[i];
   }
-  function normalised(norms) {  // the stream; returns its scale as `round` does
+  function normalised(norms) {  // normalises and rounds the residual stream; returns the scale
     norm(norms, stream, floats(normed, width));
     return round(normed, width);
   }
 
-  // Takes in token `id` at position t, behind those at 0 to t - 1. The logits of the next, where wanted, are
-  // good until the next call.
+  // Reads token `id` at position t, after those at 0 to t - 1. Returns the logits of the next token if they
+  // are wanted; the array is overwritten by the next call.
   function forward(id, t, wanted = true) {
     stream.fill(0);
     addRow(matrices['embedding.weight'], id, stream);
@@ -204,9 +212,9 @@ function makeModel(config, tensors, bytes, wasm) {
     return wanted ? product(head, normalised(lastNorm)) : null;
   }
 
-  // Draws a token by the logits: {id, p, others}: its share of all at temperature 1, and [id, p] of the four
-  // likeliest others. temperature 0 is greedy; topP keeps the smallest set of the likeliest whose share
-  // reaches it (Holtzman et al. 2019): what is drawn outside of it is drawn again.
+  // Samples a token from the logits. Returns {id, p, others}: its probability at temperature 1, and [id, p]
+  // of the four most likely others. Temperature 0 is greedy. topP keeps the smallest set of most likely
+  // tokens whose probability reaches it (Holtzman et al. 2019): a token outside the set is sampled again.
   function draw(suppress, temperature, topP, random) {
     const best = [], n = logits.length, count = up(n, 4), p = floats(chances, n);
     for (const id of suppress) logits[id] = -Infinity;
@@ -219,7 +227,7 @@ function makeModel(config, tensors, bytes, wasm) {
       if (best.length === 5) fifth = logits[best[4]];
     }
     const most = logits[best[0]];
-    if (!Number.isFinite(most)) throw Error('The model predicts no numbers: its weights are ruined.');
+    if (!Number.isFinite(most)) throw Error('The predictions are not numbers: the weights are broken.');
     let id = best[0];
     if (temperature > 0) {
       const sum = kernel.exponentials(y, chances, count, most, 1 / temperature);
@@ -234,11 +242,12 @@ function makeModel(config, tensors, bytes, wasm) {
     return {id, p: p[id] / all, others: best.filter(other => other !== id).slice(0, 4).map(share)};
   }
 
-  // Writes on after the prompt (ids), at most `length` tokens: yields what `draw` returns, and null where
-  // the model read a token. When the context is full, its last half is read anew, as generate.py does.
+  // Continues a prompt (ids) by at most `length` tokens. Yields what `draw` returns, and null after each
+  // token that the model has read. When the context is full, its last half is read again, as in
+  // core/generate.py.
   function* write(prompt, {suppress, temperature, topP, seed, length}) {
     const random = generator(seed), all = [...prompt];
-    let read = 0, t = 0;  // tokens of `all` that the model knows, and how many of them are in its context
+    let read = 0, t = 0;  // tokens of `all` that the model has read, and how many of them are in its context
     for (let written = 0; written < length; written++) {
       if (t + all.length - read > context) {
         read = all.length - Math.max(Math.floor(context / 2), 1);
@@ -256,7 +265,7 @@ function makeModel(config, tensors, bytes, wasm) {
   return {forward, write, simd: hasSimd(wasm)};
 }
 
-// Numbers from 0 to below 1 by a seed: splitmix32.
+// Returns a generator of random numbers from 0 to below 1: splitmix32.
 function generator(seed) {
   let state = (seed ^ Math.floor(seed / 2 ** 32)) | 0;
   return () => {

@@ -1,5 +1,6 @@
-;; What engine.js computes by SIMD. Pointers are bytes, vectors of float32 unless said otherwise; every
-;; vector begins at a multiple of 16 and is filled up with zeros. kernel.wasm is this, by wat2wasm.
+;; The inner loops of engine.js with SIMD. Pointers are byte offsets into the memory. Vectors are float32
+;; unless said otherwise; each begins at a multiple of 16 and is padded with zeros. Sizes are multiples of the
+;; number in "(of 4)". wat2wasm compiles this file to kernel.wasm.
 (module
   (import "page" "memory" (memory 1))
 
@@ -36,7 +37,7 @@
         (local.set $w3 (i32.add (local.get $w3) (i32.const 8)))
         (br_if $eight_columns (i32.lt_u
           (local.tee $w (i32.add (local.get $w) (i32.const 8))) (local.get $row_end))))
-      (local.set $a0 (i32x4.add  ;; sums of the four: two halves, then two quarters
+      (local.set $a0 (i32x4.add  ;; sum up each of the four rows: first two halves, then two quarters
         (i8x16.shuffle 0 1 2 3 16 17 18 19 4 5 6 7 20 21 22 23 (local.get $a0) (local.get $a1))
         (i8x16.shuffle 8 9 10 11 24 25 26 27 12 13 14 15 28 29 30 31 (local.get $a0) (local.get $a1))))
       (local.set $a2 (i32x4.add
@@ -52,14 +53,14 @@
       (br_if $four_rows (i32.lt_u
         (local.tee $y (i32.add (local.get $y) (i32.const 16))) (local.get $end)))))
 
-  ;; The sum of four numbers
+  ;; Returns the sum of four numbers
   (func $sum (param $x v128) (result f32)
     (f32.add
       (f32.add (f32x4.extract_lane 0 (local.get $x)) (f32x4.extract_lane 1 (local.get $x)))
       (f32.add (f32x4.extract_lane 2 (local.get $x)) (f32x4.extract_lane 3 (local.get $x)))))
 
-  ;; exp of four numbers: a power of 2, that of the nearest integer by the exponent's bits, that of the rest
-  ;; by a polynomial, which is off by 3e-7 of it at most
+  ;; Returns exp of four numbers, as powers of 2: the nearest integer goes into the bits of the exponent, the
+  ;; rest into a polynomial with a relative error of at most 3e-7
   (func $exp (param $x v128) (result v128)
     (local $whole v128)
     (local.set $x (f32x4.mul (local.get $x) (f32x4.splat (f32.const 1.4426950408889634))))
@@ -76,7 +77,7 @@
               (f32x4.add (f32x4.splat (f32.const 0.009618129)) (f32x4.mul (local.get $x)
                 (f32x4.splat (f32.const 0.0013333558))))))))))))))
 
-  ;; out (int16) = x / scale, `count` (of 8) numbers, as integers up to `levels`; returns the scale
+  ;; out (int16) = x / scale, `count` (of 8) integers of at most `levels`; returns the scale
   (func (export "round") (param $x i32) (param $out i32) (param $count i32) (param $levels f32) (result f32)
     (local $end i32) (local $at i32) (local $most v128) (local $factor f32)
     (local.set $end (i32.add (local.get $x) (i32.shl (local.get $count) (i32.const 2))))
@@ -112,8 +113,8 @@
       (br_if $four (i32.lt_u
         (local.tee $gate (i32.add (local.get $gate) (i32.const 16))) (local.get $end)))))
 
-  ;; out = sum over t of softmax(q . keys[t]) values[t], of one head: `count` keys and values of `bytes`
-  ;; bytes, `stride` bytes apart. shares: room for `count` + 4 numbers
+  ;; Attention of one head: out = sum over t of softmax(q . key[t]) value[t]. There are `count` keys and
+  ;; values of `bytes` bytes, `stride` bytes apart. shares: room for `count` + 4 numbers
   (func (export "attend")
     (param $q i32) (param $key i32) (param $value i32) (param $shares i32) (param $out i32)
     (param $count i32) (param $stride i32) (param $bytes i32)
@@ -136,7 +137,7 @@
       (local.set $key (i32.add (local.get $key) (local.get $stride)))
       (br_if $keys (i32.lt_u
         (local.tee $at (i32.add (local.get $at) (i32.const 4))) (local.get $end))))
-    (v128.store (local.get $end) (f32x4.splat (f32.const -inf)))  ;; up to three more make four
+    (v128.store (local.get $end) (f32x4.splat (f32.const -inf)))  ;; pad the scores to a multiple of four
     (local.set $sum (v128.const i32x4 0 0 0 0))
     (local.set $at (local.get $shares))
     (loop $scores
@@ -163,7 +164,7 @@
       (br_if $four_of_a_value (i32.lt_u
         (local.tee $i (i32.add (local.get $i) (i32.const 16))) (local.get $bytes)))))
 
-  ;; The sum of those of x, `count` (of 4) numbers, that are larger than `least`
+  ;; Returns the sum of those of x, `count` (of 4) numbers, that are larger than `least`
   (func (export "above") (param $x i32) (param $count i32) (param $least f32) (result f32)
     (local $end i32) (local $part v128) (local $sum v128)
     (local.set $end (i32.add (local.get $x) (i32.shl (local.get $count) (i32.const 2))))

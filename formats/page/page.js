@@ -1,13 +1,13 @@
 'use strict';
-// What one sees. The model is in a worker: worker.js says which messages go to and fro. Whatever people,
-// models and files say becomes text nodes, never markup.
+// What the reader sees. The model runs in a worker; worker.js lists the messages that are exchanged. Whatever
+// people, models and files say becomes text nodes, never markup.
 const $ = id => document.getElementById(id);
 const about = JSON.parse($('about').textContent);
 const form = $('form'), story = $('story'), colours = $('colours');
 const numbers = ['temperature', 'topP', 'seed', 'length'].map($), sentences = ['first', 'last'].map($);
-let worker, ready = false;  // it has loaded the model
-let writing = null, wanted = null;  // what was asked of it: the story being written, and the one after
-let count, end;  // of the story: tokens the model wrote, and the node of the last sentence, if it was given
+let worker, ready = false;  // ready: it has loaded the model
+let writing = null, wanted = null;  // what the worker is writing, and what it is to write after that
+let count, end;  // number of tokens the model has written; the node of the last sentence, if one was given
 
 function el(name, className, text) {
   const node = document.createElement(name);
@@ -19,24 +19,25 @@ function say(text, wrong = false) {
   $('status').textContent = text;
   $('status').classList.toggle('wrong', wrong);
 }
-function fail(text) {  // nothing can be written here
+function fail(text) {  // the page cannot be used
   say(text, true);
   form.hidden = $('written').hidden = true;
 }
 
-// The fields
+// ---- the fields
 
 function mistake(field) {
-  if (field.type !== 'number') return field.value.trim() ? '' : 'A middle needs both sentences.';
+  if (field.type !== 'number') return field.value.trim() ? '' : 'Both sentences are needed.';
   const {valueAsNumber: value, min, max, step} = field, whole = step === '1';
-  const fits = value >= min && value <= max && (!whole || Number.isInteger(value));  // what is no number: NaN
+  // what is not a number is NaN, which does not fit
+  const fits = value >= min && value <= max && (!whole || Number.isInteger(value));
   return fits ? '' : `A ${whole ? 'whole ' : ''}number from ${min} to ${max}.`;
 }
 function tell(field, text) {
   $(`${field.id}-wrong`).textContent = text;
   field.ariaInvalid = text !== '';
 }
-function asked() {  // the fields as the worker wants them, or undefined where one is wrong
+function asked() {  // returns the fields as a message for the worker, or undefined if one is wrong
   const middle = $('middle').checked, fields = middle ? [...sentences, ...numbers] : numbers;
   for (const field of fields) tell(field, mistake(field));
   const wrong = fields.find(mistake);
@@ -45,13 +46,13 @@ function asked() {  // the fields as the worker wants them, or undefined where o
   const settings = Object.fromEntries(numbers.map(field => [field.id, field.valueAsNumber]));
   return {type: 'write', prompt: middle ? '' : $('prompt').value, first, last, ...settings};
 }
-function write(further) {  // with a seed so much further
+function write(further) {  // `further` is added to the seed
   const message = asked();
   if (!message) return;
   message.seed = $('seed').value = (message.seed + further) % (Number($('seed').max) + 1);
-  stop();  // what is being written: this one begins when that has ended
+  stop();  // if a story is being written, the new one begins when it has ended
   wanted = message;
-  if (!ready) say('Loading the model … The story begins as soon as it is there.');
+  if (!ready) say('Loading the model … The story will begin as soon as it is ready.');
   else if (!writing) begin();
 }
 function stop() {
@@ -63,7 +64,7 @@ function choose() {
   $('ends').hidden = !$('middle').checked;
 }
 
-// The story
+// ---- the story
 
 function begin() {
   [writing, wanted, count, end] = [wanted, null, 0, null];
@@ -75,7 +76,8 @@ function begin() {
   $('speed').textContent = '';
   say('Writing …');
   worker.postMessage(writing);
-  if (innerHeight - story.getBoundingClientRect().top < 320) $('buttons').scrollIntoView();  // room for it
+  // if little of the story would be seen, make room for it
+  if (innerHeight - story.getBoundingClientRect().top < 320) $('buttons').scrollIntoView();
 }
 function finish(text, wrong) {
   if (end && !/\s$/.test(story.textContent.slice(0, -end.textContent.length))) end.before(' ');
@@ -85,7 +87,7 @@ function finish(text, wrong) {
   say(text, wrong);
   if (wanted) begin();
 }
-const pieceOf = new WeakMap();  // of a token's node: the token as the worker tells it
+const pieceOf = new WeakMap();  // {node of a token: the piece that the worker sent}
 function append(piece) {
   const [text, p] = piece, kind = text === '' ? 'part' : /^\n+$/.test(text) ? 'break' : '';
   if (p === null) return story.insertBefore(el('b', '', text), end);
@@ -95,7 +97,7 @@ function append(piece) {
   if (colours.checked) makeReachable(node);
   count += 1;
 }
-function makeReachable(node) {  // Tab stops at one token, arrow keys go on from there: see `go`
+function makeReachable(node) {  // Tab reaches one token; from there `go` moves by arrow keys
   node.role = 'button';
   node.tabIndex = story.querySelector('[tabindex="0"]') ? -1 : 0;
 }
@@ -107,9 +109,9 @@ function colour() {
     else for (const name of ['role', 'tabindex']) node.removeAttribute(name);
 }
 
-// The tip
+// ---- the tip: what else could have come
 
-const percent = p => `${(100 * p).toFixed(p > 0.095 && p < 0.995 ? 0 : 1)} %`;
+const percent = p => `${(100 * p).toFixed(p > 0.095 && p < 0.995 ? 0 : 1)}%`;
 const visible = text => text.replaceAll('\n', '↵').replaceAll(' ', '␣') || '(part of a character)';
 function showTip({target}) {
   if (!colours.checked || !pieceOf.has(target)) return;
@@ -128,15 +130,16 @@ function go({key, target}) {
   const next = {ArrowRight: target.nextSibling, ArrowLeft: target.previousSibling}[key];
   if (pieceOf.has(next)) next.focus();
 }
-function stay({target}) {  // Tab comes back to where one was
+function stay({target}) {  // Tab comes back to the token that was last in focus
   story.querySelector('[tabindex="0"]').tabIndex = -1;
   target.tabIndex = 0;
 }
 
-// What the worker says
+// ---- the worker's answers
 
-const OVER = {end: () => 'The story is over.', length: () => `Cut at the length of ${writing.length} tokens.`,
-  context: () => `Cut: the model sees ${about.blockSize} tokens at once, and these are full.`,
+const OVER = {end: () => 'The story is finished.',
+  length: () => `Stopped at the length of ${writing.length} tokens.`,
+  context: () => `Stopped: the model can see only ${about.blockSize} tokens at once.`,
   stopped: () => 'Stopped.'};
 const hear = {
   ready({simd}) {
@@ -148,32 +151,32 @@ const hear = {
   pieces({pieces, perSecond}) {
     pieces.forEach(append);
     const speed = perSecond.toFixed(perSecond < 10 ? 1 : 0);
-    if (count) $('speed').textContent = `${count} tokens, ${speed} a second`;
+    if (count) $('speed').textContent = `${count} tokens, ${speed} per second`;
   },
   done: ({reason}) => finish(OVER[reason]()),
   error({message}) {
     if (!ready) return fail(message);
-    if (!count) story.replaceChildren();  // nothing but what was given
+    if (!count) story.replaceChildren();  // it holds only what was given
     finish(message, true);
   },
 };
 function load() {
-  if (!$('end')) return fail('This file is not whole: its download or copying broke off. Get it once more.');
+  if (!$('end')) return fail('This file is incomplete. Download or copy it again.');
   try {
     const program = new Blob([$('worker').textContent], {type: 'text/javascript'});
     const url = URL.createObjectURL(program);
     worker = new Worker(url);
     worker.onmessage = ({data}) => {
-      URL.revokeObjectURL(url);  // not before it has begun: not every browser has read it by then
+      URL.revokeObjectURL(url);  // not earlier: some browsers would not have read it yet
       hear[data.type](data);
     };
   } catch {
-    return fail('This browser lets no page from a file start a worker, in which the model would run.');
+    return fail('This browser does not let a page from a file start a worker, which the model needs.');
   }
   worker.onerror = ({message}) =>
-    hear.error({message: `The model's program failed: ${message || 'it did not start'}`});
+    hear.error({message: `The model stopped with an error: ${message || 'it did not start'}`});
   worker.postMessage({type: 'load', about, weights: $('weights').textContent});
-  $('weights').textContent = '';  // tens of megabytes, which the worker has now
+  $('weights').textContent = '';  // the worker has them now, and they may be tens of megabytes
 }
 
 $('title').textContent = document.title = about.title;
@@ -203,10 +206,10 @@ story.onkeydown = go;
 story.addEventListener('focusin', stay);
 for (const type of ['pointerover', 'focusin', 'click']) story.addEventListener(type, showTip);
 for (const type of ['pointerout', 'focusout']) story.addEventListener(type, hideTip);
-document.addEventListener('pointerdown', hideTip);  // a finger beside the story, too
+document.addEventListener('pointerdown', hideTip);  // a finger outside the story hides it, too
 document.addEventListener('keydown', ({key}) => {
   if (key !== 'Escape') return;
   hideTip();
   stop();
 });
-document.addEventListener('DOMContentLoaded', load);  // the weights come last
+document.addEventListener('DOMContentLoaded', load);  // the weights are at the end of the file

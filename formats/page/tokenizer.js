@@ -1,17 +1,19 @@
 'use strict';
 
-// Text to token ids and back: the tokenizers of data/tokenizer.py, with the same ids.
+// The tokenizers of data/tokenizer.py, with the same ids.
 //
-// Two things differ. Half a character (a lone surrogate, which a text field can hold) is taken for U+FFFD,
-// and not refused. A text above 100,000 characters is encoded whole, where Python cuts it: if it has no space
-// between two letters to cut at, the tokens there can be others.
+// There are two differences. A lone surrogate (half a character, which a text field can hold) becomes U+FFFD;
+// Python refuses it. A text of more than 100,000 characters is encoded as a whole; Python cuts it into parts,
+// so its tokens can differ at a cut that is not at a space between two letters.
 
 const BYTES_AT = 3; // the id of byte 0 in char and bpe
 const SPACE_MARK = '\u2581'; // what sentencepiece takes for a space
 const utf8 = new TextEncoder();
 
-// data: what `vocabulary` of formats/html.py gives. encode(text): an array of ids, no special one among them.
-// decode(ids): the text; special ids give nothing, invalid UTF-8 gives U+FFFD.
+// Makes a tokenizer from what `page_vocabulary` in formats/page/vocabulary.py returns.
+//
+// encode(text) returns an array of ids; no text can spell a special one. decode(ids) returns the text:
+// special ids become nothing, invalid UTF-8 becomes U+FFFD. pieceBytes(id) returns the bytes of an id.
 function makeTokenizer(data) {
   const {vocab_size: vocabSize, delimiter, blank, middle, lossless, prefix} = data;
   const {pieceBytes, encode} = {char: charCodec, bpe: bpeCodec, gpt2: gpt2Codec}[data.encoding](data);
@@ -26,8 +28,9 @@ function makeTokenizer(data) {
   return tokenizer;
 }
 
-// A text that is written token by token. add(id): what the token adds to it; the bytes of a character that is
-// not yet whole wait. rest(): U+FFFD if some still do. With '' for a prefix, it goes on inside a text.
+// Decodes token by token. add(id) returns the text that the token adds; bytes of a character that is not yet
+// complete wait for the next token. rest() returns U+FFFD if some are still waiting. prefix: what the
+// tokenizer put before the text, which is removed again; '' inside a text.
 function growing(tokenizer, prefix = tokenizer.prefix) {
   const decoder = new TextDecoder('utf-8', {ignoreBOM: true});
   let expected = prefix;
@@ -40,12 +43,12 @@ function growing(tokenizer, prefix = tokenizer.prefix) {
   return {add: (id) => read(tokenizer.pieceBytes(id), true), rest: () => read(new Uint8Array(), false)};
 }
 
-// The ids after which a model writes the middle between two sentences, as `prompt` of data/infill.py.
+// Returns the ids after which a model writes the middle between two sentences, as data/infill.py does.
 function infillPrompt({encode, delimiter, blank, middle}, first, last) {
   return [delimiter, ...encode(first), blank, ...encode(last), middle];
 }
 
-// ---- the three encodings. encode: of a text with its prefix
+// ---- the three encodings: each returns {encode, pieceBytes}, where encode gets the text with its prefix
 
 function charCodec({first, pieces}) {
   const chars = [...pieces], ids = new Map(chars.map((char, i) => [char, first + i]));
@@ -53,11 +56,12 @@ function charCodec({first, pieces}) {
   return {encode, pieceBytes: llamaBytes(first, chars)};
 }
 
-// sentencepiece's BPE. userDefined: pieces that are neither split nor merged; unused: that are split again.
+// sentencepiece's BPE. userDefined: pieces that are neither split nor merged. unused: pieces that are split
+// again after merging.
 function bpeCodec({first, pieces, ranks, lossless, unused, userDefined}) {
   const ids = new Map(pieces.map((piece, i) => [piece, first + i]));
-  ids.delete(''); // of control pieces
-  const halves = new Map(); // of an unused piece: the pair that was last found to make it
+  ids.delete(''); // stands for control pieces, which no text can spell
+  const halves = new Map(); // for each unused piece, the pair that was last merged to make it
   const longestFirst = [...userDefined].sort((a, b) => b.length - a.length);
   const escaped = longestFirst.map((piece) => piece.replace(/[\\^$.*+?()[\]{}|/]/g, '\\$&'));
   const symbols = new RegExp([...escaped, '.'].join('|'), 'gsu');
@@ -78,17 +82,19 @@ function bpeCodec({first, pieces, ranks, lossless, unused, userDefined}) {
 
   function encodePart(text) {
     const merged = mergeNeighbours(text.replaceAll(' ', SPACE_MARK).match(symbols) ?? [], rank);
-    return merged.flatMap(spell).filter((id, i, all) => id || all[i - 1] !== 0); // a run of unknowns is one
+    // several unknowns in a row become one
+    return merged.flatMap(spell).filter((id, i, all) => id || all[i - 1] !== 0);
   }
 
-  // The mark itself, in a text, is no space
+  // U+2581 in the text itself does not stand for a space
   const encode = (text) => text.split(SPACE_MARK).flatMap(
     (part, i) => (i ? [...unknown(SPACE_MARK), ...encodePart(part)] : encodePart(part)));
   return {encode, pieceBytes: llamaBytes(first, pieces)};
 }
 
-// tiktoken's BPE: OpenAI's pattern finds words, each one merged by itself. letters: how a piece spells
-// each byte. The classes of characters come along, as browsers differ in their versions of Unicode.
+// tiktoken's BPE: a pattern of OpenAI's splits the text into words, and merges stay within a word. letters:
+// the character that stands for each byte in a piece. classes: the letters, numbers and spaces of the
+// pattern, spelled out because browsers differ in their versions of Unicode.
 function gpt2Codec({pieces, letters, classes: {L, N, s}}) {
   const spelled = pieces.split(' '), ids = new Map(spelled.map((piece, i) => [piece, i]));
   const bytes = new Map(Array.from(letters, (letter, byte) => [letter, byte]));
@@ -105,18 +111,19 @@ function gpt2Codec({pieces, letters, classes: {L, N, s}}) {
   return {encode: (text) => text.match(words).flatMap(encodeWord), pieceBytes};
 }
 
-// ---- what they share
+// ---- shared by the encodings
 
 const byteIds = (text) => Array.from(utf8.encode(text), (byte) => BYTES_AT + byte);
 
-// The bytes of each id where the pieces begin at `first`, behind three special ids and, it may be, the bytes.
+// Returns pieceBytes for ids as in llama2.c: three special ids, the 256 bytes (unless `first` is 3), and the
+// pieces from id `first` on.
 function llamaBytes(first, pieces) {
   return (id) => (BYTES_AT <= id && id < first ? Uint8Array.of(id - BYTES_AT)
     : utf8.encode((pieces[id - first] ?? '').replaceAll(SPACE_MARK, ' ')));
 }
 
-// Joins neighbours, the pair of the lowest rank first and of equals the leftmost, until no pair has a rank. A
-// heap holds the pairs, rank and place in one number; those that have changed since are passed over.
+// Merges neighbours until no pair has a rank: the pair of the lowest rank first, of equals the leftmost. A
+// heap holds the pairs as numbers, rank * 2 ** 32 + place; pairs that have changed since are skipped.
 function mergeNeighbours(symbols, rank) {
   const next = symbols.map((_, i) => i + 1), previous = symbols.map((_, i) => i - 1);
   const ranks = [], heap = [];

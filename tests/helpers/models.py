@@ -1,6 +1,7 @@
-"""Small models and checkpoints with random weights."""
+"""Small models and checkpoints with random weights, and files of other formats made of them."""
 
 import importlib.util
+import json
 from dataclasses import asdict
 
 import pytest
@@ -46,3 +47,27 @@ def random_checkpoint(tokenizer, std=0.15, **choices):
         torch.nn.init.normal_(p, std=std, mean=mean)
     return {'model': model.state_dict(), 'config': asdict(model.config), 'tokenizer': tokenizer.state(),
             'settings': {}, 'iter': 3}
+
+
+def write_random_model(fmt, tokenizer, path, **choices):
+    """Write `random_checkpoint` to `path` in a format; return the checkpoint."""
+    checkpoint = random_checkpoint(tokenizer, **choices)
+    fmt.write(path, checkpoint, tokenizer)
+    return checkpoint
+
+
+def damage_file(path, damage):
+    """Change a file.
+
+    damage: None to remove it, bytes to replace its content, an int to keep data[:damage], a dict to change
+    entries of a JSON object.
+    """
+    data = path.read_bytes()
+    if damage is None:
+        path.unlink()
+    elif isinstance(damage, bytes):
+        path.write_bytes(damage)
+    elif isinstance(damage, int):
+        path.write_bytes(data[:damage])
+    else:
+        path.write_text(json.dumps(json.loads(data) | damage))

@@ -1,10 +1,10 @@
-"""Kill training runs at random moments, a third of them inside a save, and see that nothing is lost.
+"""Kill training runs at random moments, a third of them during a save, and check that nothing is lost.
 
-    python tests/kill_1000.py --kills 4 --dtype float16
+    python tests/hostile/kill_1000.py --kills 4 --dtype float16
 
-A third of the time two runs contend for the folder, of which one is refused. After each kill the last
-checkpoint is whole and at most one interval back. A run that reaches its end, after however many kills, has
-the metrics and the weights of one that was never killed, to the last bit.
+In a third of the rounds two runs compete for the folder, and one of them must be refused. After each kill
+the last checkpoint must be whole and at most one interval old. A run that completes, after however many
+kills, must have exactly the metrics and the weights of a run that was never killed.
 """
 
 import math
@@ -15,24 +15,23 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs from any working directory
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it runs from any working directory
 
 from configurator import configure, run
 from core.checkpoint import load_checkpoint
-from tests.helpers import scripts as tiny
-from tests.helpers.scripts import Script, script
+from tests.helpers.scripts import SETTINGS, Script, metrics, prepare, script
 
-kills = 1000  # processes killed
-seed = 0  # of the moments
+kills = 1000  # number of processes to kill
+seed = 0  # random seed of the moments
 dtype = 'float32'  # of the runs: float32, bfloat16 or float16 (with loss scaling)
 
-_INTERVAL = 3  # steps between saves
-_STEPS = 45  # an epoch is 37
+_SAVE_INTERVAL = 3  # steps
+_STEPS = 45  # one epoch is 37
 
 
-def kill(runs, moment, out, aimed):
-    """Kill the runs at `moment`, or if `aimed` at the next save after it; returns whether one still lived."""
-    while time.monotonic() < moment or (aimed and not any(out.glob('*.tmp'))):
+def kill(runs, moment, out, during_save):
+    """Kill the runs at `moment`, or during the first save after it; return whether one was still alive."""
+    while time.monotonic() < moment or (during_save and not is_saving(out)):
         if not any(each.process.is_alive() for each in runs):
             return False
         time.sleep(0.0005)
@@ -42,51 +41,79 @@ def kill(runs, moment, out, aimed):
     return True
 
 
-def saved(out):
-    """The step of the last checkpoint, or -1."""
-    return load_checkpoint(out / 'ckpt.pt')['iter'] if (out / 'ckpt.pt').exists() else -1
+def is_saving(out):
+    """Return whether a file in the run's folder is only half written."""
+    return any(out.glob('*.tmp'))
 
 
-def ended(out):
-    """The metrics of a run that has reached its end, and its weights to the last bit."""
+def saved_step(out):
+    """Return the step of the last checkpoint, or -1 if there is none."""
+    path = out / 'ckpt.pt'
+    return load_checkpoint(path)['iter'] if path.exists() else -1
+
+
+def printed_steps(runs):
+    """Return how many steps the runs say they have done."""
+    output = ''.join(each.out for each in runs)
+    return max((int(step) + 1 for step in re.findall(r'^step (\d+)/', output, re.M)), default=0)
+
+
+def result(out):
+    """Return the metrics and the exact weights of a run that has completed."""
     weights = load_checkpoint(out / 'ckpt.pt')['model']
-    return tiny.metrics(out), {name: weight.tolist() for name, weight in weights.items()}
+    return metrics(out), {name: weight.tolist() for name, weight in weights.items()}
+
+
+def check_refused(runs):
+    """Check that each run that failed by itself was refused in one line; return their number."""
+    failed = [each for each in runs if each.process.exitcode not in (0, -9)]
+    for each in failed:
+        assert re.fullmatch(r'train.py: .* (is in use|holds) .*\n', each.err), each.err
+    return len(failed)
 
 
 def main():
-    moments, killed, in_save, refused, finished, before = random.Random(seed), 0, 0, 0, 0, -1
+    moments = random.Random(seed)
+    killed = killed_in_save = refused = completed = 0
+    step = -1  # of the last checkpoint of the current run; -1: there is no run to resume
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        words = ['train.py', *tiny.SETTINGS, f'--dataset={tiny.prepare(folder / "data")}', f'--dtype={dtype}',
-                 '--dropout=0.1', f'--max_iters={_STEPS}', f'--eval_interval={_INTERVAL}', '--eval_iters=1']
-        script(*words, f'--out_dir={folder / "first"}', MPLBACKEND='')  # to import, and fork from, everything
-        began = time.monotonic()
+        data = prepare(folder / 'data')
+        words = ['train.py', *SETTINGS, f'--dataset={data}', f'--dtype={dtype}', '--dropout=0.1',
+                 f'--max_iters={_STEPS}', f'--eval_interval={_SAVE_INTERVAL}', '--eval_iters=1']
+        # The first run imports everything into the process that the others are forked from.
+        script(*words, f'--out_dir={folder / "first"}', MPLBACKEND='')
+        start = time.monotonic()
         script(*words, f'--out_dir={folder / "whole"}', MPLBACKEND='')
-        length = time.monotonic() - began
-        whole = ended(folder / 'whole')
-        while killed < kills or before >= 0:  # the last run may reach its end
-            out = folder / f'run {finished}'
-            goes_on = ['--init_from=resume'] * (before >= 0)
-            runs = [Script(*words, f'--out_dir={out}', *goes_on, MPLBACKEND='')
-                    for _ in range(moments.choice((1, 1, 2)))]  # two contend for the folder
-            wait = moments.uniform(0, length / 3) if killed < kills else math.inf  # most die more than once
-            alive = kill(runs, time.monotonic() + wait, out, aimed=killed % 3 == 0)
-            killed += alive
-            in_save += alive and any(out.glob('*.tmp'))
-            losers = [each.err for each in runs if each.process.exitcode not in (0, -9)]
-            for said in losers:
-                assert re.fullmatch(r'train.py: .* (is in use by process|holds another) .*\n', said), said
-            refused += len(losers)
-            after, steps = saved(out), re.findall(r'^step (\d+)/', ''.join(each.out for each in runs), re.M)
-            shown = max((int(step) + 1 for step in steps), default=0)
-            assert after >= before and shown - max(after, 0) <= _INTERVAL, (before, after, shown)
-            if not alive:
-                assert ended(out) == whole, f'{out.name} is not the unbroken run: {runs[0].err}'
-                finished += 1
-            before = after if alive else -1
-    print(f'{killed} kills, {in_save} of them inside a save, and each time a whole checkpoint; {refused} '
-          f'processes were refused a folder in use; {finished} runs reached their end, all equal to the '
-          'unbroken one to the last bit')
+        seconds_of_a_run = time.monotonic() - start
+        expected = result(folder / 'whole')
+
+        while killed < kills or step >= 0:  # the last run may complete
+            out = folder / f'run {completed}'
+            resume = ['--init_from=resume'] if step >= 0 else []
+            n_runs = moments.choice((1, 1, 2))
+            runs = [Script(*words, f'--out_dir={out}', *resume, MPLBACKEND='') for _ in range(n_runs)]
+            wait = math.inf
+            if killed < kills:
+                wait = moments.uniform(0, seconds_of_a_run / 3)  # most runs are killed more than once
+            was_alive = kill(runs, time.monotonic() + wait, out, during_save=killed % 3 == 0)
+            if was_alive:
+                killed += 1
+                killed_in_save += is_saving(out)
+            refused += check_refused(runs)
+
+            new_step = saved_step(out)
+            lost = printed_steps(runs) - max(new_step, 0)
+            assert new_step >= step and lost <= _SAVE_INTERVAL, (step, new_step, lost)
+            if was_alive:
+                step = new_step
+            else:
+                assert result(out) == expected, f'{out.name} differs from a run without kills: {runs[0].err}'
+                completed += 1
+                step = -1
+    print(f'{killed} kills, {killed_in_save} of them during a save: each time the checkpoint was whole; '
+          f'{refused} processes were refused a folder in use; {completed} runs completed, all exactly equal '
+          'to the run without kills')
 
 
 if __name__ == '__main__':

@@ -1,7 +1,9 @@
 """export.py: what it proves, what it refuses, what it leaves behind."""
 
+import json
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,10 +11,13 @@ import torch
 import export
 from configurator import SettingError, UserError
 from core.checkpoint import FILES, load_model
-from formats import base, llama2c, load_pretrained
+from data.shards import fingerprint, read_meta
+from formats import base, llama2c
 from formats.gguf import GGUF
 from formats.hf import HuggingFace
 from formats.llama2c import Llama2c
+from formats.page.page import round_weights
+from formats.pretrained import load_pretrained
 from model import GPTConfig
 from tests.helpers.models import GPT2_BLOCK, UNTIED, needs_export_packages, random_checkpoint
 from tests.helpers.node import needs_node
@@ -23,15 +28,20 @@ SHAPE = {'block_size': 80, 'mlp_width': 64, 'std': 0.2}
 OTHER = {'rope_theta': 500.0, 'norm_eps': 0.1}
 
 
+def save_random_run(folder, ckpt='best', encoding='char', **choices):
+    """Save a checkpoint with random weights in a run's folder; return the checkpoint."""
+    folder.mkdir(exist_ok=True)
+    checkpoint = random_checkpoint(trained_tokenizer(encoding), **SHAPE | choices)
+    torch.save(checkpoint, folder / FILES[ckpt])
+    return checkpoint
+
+
 @pytest.fixture
-def run(tmp_path, monkeypatch, capsys):
-    """run(format, config, **settings) exports a random model to tmp_path/to; returns what it prints."""
-    def run(format, config, encoding='char', ckpt='best', **settings):
-        (tmp_path / 'out').mkdir(exist_ok=True)
-        checkpoint = random_checkpoint(trained_tokenizer(encoding), **SHAPE | config)
-        torch.save(checkpoint, tmp_path / 'out' / FILES[ckpt])
-        given = {'out_dir': str(tmp_path / 'out'), 'format': format, 'path': str(tmp_path / 'to')}
-        for name, value in (given | {'ckpt': ckpt} | settings).items():
+def run_export(tmp_path, monkeypatch, capsys):
+    """run_export(**settings) exports the run in tmp_path/out to tmp_path/to; returns what it prints."""
+    def run(**settings):
+        places = {'out_dir': str(tmp_path / 'out'), 'path': str(tmp_path / 'to')}
+        for name, value in (places | settings).items():
             monkeypatch.setattr(export, name, value)
         export.main()
         return capsys.readouterr().out
@@ -39,83 +49,262 @@ def run(tmp_path, monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize('name, dtype, encoding, config', [
-    ('llama2c', 'f32', 'bpe', {}), ('llama2c-int8', 'f32', 'char', {}), ('hf', 'f32', 'gpt2', GPT2_BLOCK),
-    ('hf', 'f32', 'bpe', OTHER | {'bias': True}), ('hf', 'f32', 'char', OTHER | GPT2_BLOCK | UNTIED),
-    ('gguf', 'f32', 'bpe', OTHER | UNTIED), ('gguf', 'f32', 'char', OTHER | {'bias': True}),
-    ('gguf', 'f16', 'bpe', GPT2_BLOCK), ('gguf', 'q8_0', 'char', OTHER | GPT2_BLOCK | UNTIED),
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# What it proves
+
+@pytest.mark.parametrize('format, dtype, encoding, choices', [
+    ('llama2c', 'f32', 'bpe', {}),
+    ('llama2c-int8', 'f32', 'char', {}),
+    ('hf', 'f32', 'gpt2', GPT2_BLOCK),
+    ('hf', 'f32', 'bpe', OTHER | {'bias': True}),
+    ('hf', 'f32', 'char', OTHER | GPT2_BLOCK | UNTIED),
+    ('gguf', 'f32', 'bpe', OTHER | UNTIED),
+    ('gguf', 'f32', 'char', OTHER | {'bias': True}),
+    ('gguf', 'f16', 'bpe', GPT2_BLOCK),
+    ('gguf', 'q8_0', 'char', OTHER | GPT2_BLOCK | UNTIED),
     ('safetensors', 'f32', 'char', {'qk_norm': True}),
     pytest.param('html', 'f32', 'bpe', OTHER | {'qk_norm': True}, marks=needs_node),
     pytest.param('html', 'f32', 'gpt2', GPT2_BLOCK | UNTIED, marks=needs_node)])
-def test_every_format_proves_that_it_arrived(run, tmp_path, name, dtype, encoding, config):
-    printed = run(name, config, encoding, ckpt='last', dtype=dtype)
-    kl, bound, same = re.search(r'divergence (\S+) nats.*most (\S+)\); (\d+) of 64 greedy', printed).groups()
-    assert float(kl) * 3 <= float(bound) and (same == '64' or bound == '0.05')
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['out', 'to']  # nothing left over
+def test_export_proves_that_the_model_arrived(tmp_path, run_export, format, dtype, encoding, choices):
+    save_random_run(tmp_path / 'out', 'last', encoding, **choices)
+    printed = run_export(format=format, ckpt='last', dtype=dtype)
+    pattern = r'divergence (\S+) nats per token \(at most (\S+)\); (\d+) of 64 greedy tokens are the same'
+    kl, limit, n_same = re.search(pattern, printed).groups()
+    assert float(kl) * 3 <= float(limit)
+    assert n_same == '64' or limit == '0.05'
+    assert printed.endswith(f'wrote {tmp_path}/to\n')
+    assert names_in(tmp_path) == ['out', 'to']
 
 
-def test_what_a_killed_export_left_is_removed(run, tmp_path):
+def test_export_takes_the_best_checkpoint_or_the_last(tmp_path, run_export):
+    best = save_random_run(tmp_path / 'out', 'best')
+    last = save_random_run(tmp_path / 'out', 'last', std=0.3)
+    for ckpt, checkpoint in ('best', best), ('last', last):
+        run_export(format='safetensors', ckpt=ckpt)
+        weights = load_pretrained(tmp_path / 'to')['model']
+        assert torch.equal(weights['embedding.weight'], checkpoint['model']['embedding.weight'])
+
+
+def swapped_layers(weights):
+    first, second = 'blocks.0.attn.proj.weight', 'blocks.1.attn.proj.weight'
+    return weights | {first: weights[second], second: weights[first]}
+
+
+def swapped_ids(weights):
+    ids = torch.arange(len(weights['embedding.weight']))
+    ids[[260, 261]] = torch.tensor([261, 260])
+    return weights | {name: weights[name][ids] for name in ('embedding.weight', 'lm_head.weight')}
+
+
+def doubled_row(weights):
+    name = 'blocks.0.attn.v.weight'
+    return weights | {name: torch.cat((2 * weights[name][:1], weights[name][1:]))}
+
+
+def wrong_rotation(weights):
+    config = GPTConfig(n_head=4, n_kv_head=2, n_embd=32)
+    return base.to_interleaved(config, weights)
+
+
+@pytest.mark.parametrize('damage', [swapped_layers, swapped_ids, doubled_row, wrong_rotation])
+def test_small_mistakes_are_ten_times_the_largest_limit(damage):
+    tokenizer = trained_tokenizer('char')
+    checkpoint = random_checkpoint(tokenizer, **SHAPE)
+    program = Llama2c(int8=True)
+    assert program.max_kl >= max(GGUF('q8_0').max_kl, GGUF('f16').max_kl, HuggingFace().max_kl)
+    program.model = load_model(checkpoint | {'model': damage(dict(checkpoint['model']))})
+    program.tokenizer = tokenizer
+    with pytest.raises(UserError, match='nothing was kept') as error:
+        export.compare(load_model(checkpoint), tokenizer, program)
+    kl = re.search(r'a KL divergence of (\S+) nats', str(error.value))[1]
+    assert float(kl) >= 10 * program.max_kl
+
+
+def swap_last_pieces(tokenizer, pieces_of=llama2c.pieces_of):
+    pieces = pieces_of(tokenizer)
+    return pieces[:270] + pieces[:269:-1]
+
+
+def decode_wrongly(self, ids):
+    return 'Once'
+
+
+def predict_nan(self, ids, positions):
+    return torch.full((len(positions), 311), torch.nan)
+
+
+@pytest.mark.parametrize('place, name, wrong, message', [
+    (llama2c, 'pieces_of', swap_last_pieces, 'as other tokens than we do'),
+    (Llama2c, 'decode', decode_wrongly, 'as other tokens than we do'),
+    (Llama2c, 'logits', predict_nan, 'a KL divergence of nan nats')])
+def test_a_wrong_export_does_not_replace_an_earlier_one(tmp_path, run_export, monkeypatch, place, name, wrong,
+                                                        message):
+    save_random_run(tmp_path / 'out')
+    run_export(format='llama2c')
+    run_export(format='llama2c')  # replaces the first
+    before = (tmp_path / 'to/model.bin').stat().st_mtime_ns
+    monkeypatch.setattr(place, name, wrong)
+    with pytest.raises(UserError, match=f'{message}.*: nothing was kept'):
+        run_export(format='llama2c')
+    assert (tmp_path / 'to/model.bin').stat().st_mtime_ns == before
+    assert names_in(tmp_path) == ['out', 'to']
+
+
+@pytest.mark.parametrize('vocab_size, block_size', [
+    (300, 80), (5000, 64), (50259, 1024), (3, 1), (2**16, 1024)])
+def test_random_contexts_have_every_id_or_as_many_as_is_affordable(vocab_size, block_size):
+    contexts = export.random_contexts(GPTConfig(vocab_size=vocab_size, block_size=block_size))
+    assert all(len(ids) == max(block_size - 1, 1) for ids, _ in contexts)
+    assert all(positions[-1] == len(ids) - 1 for ids, positions in contexts)
+    n_positions = sum(len(positions) for _, positions in contexts)
+    ids = {i for ids, _ in contexts for i in ids}
+    assert ids <= set(range(vocab_size))
+    if vocab_size**2 <= 2**20:
+        assert len(ids) == vocab_size
+    else:
+        assert 2**19 <= n_positions * vocab_size <= 2**20
+
+
+# What it leaves behind
+
+def test_export_removes_what_a_killed_one_left(tmp_path, run_export):
+    save_random_run(tmp_path / 'out')
     left = tmp_path / '.to.unfinished'
     for part in left, left / 'export':
         part.mkdir()
         (part / '.lock').touch()
-    run('safetensors', {})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ['out', 'to']
+    (left / 'file').touch()
+    run_export(format='safetensors')
+    assert names_in(tmp_path) == ['out', 'to']
 
 
-def test_a_small_mistake_is_ten_times_the_largest_bound():
-    tokenizer, fmt = trained_tokenizer('char'), Llama2c(int8=True)
-    checkpoint = random_checkpoint(tokenizer, **SHAPE)
-    assert fmt.bound >= max(GGUF('q8_0').bound, GGUF('f16').bound, HuggingFace().bound)
-    weights, v = checkpoint['model'], 'blocks.0.attn.v.weight'
-    here, there = 'blocks.0.attn.proj.weight', 'blocks.1.attn.proj.weight'
-    ids = [*range(260), 261, 260, *range(262, tokenizer.vocab_size)]
-    for name, changed in {
-            'rotation': base.interleave(GPTConfig(**checkpoint['config']), weights),
-            'layers': {here: weights[there], there: weights[here]},
-            'two ids': {name: weights[name][ids] for name in ('embedding.weight', 'lm_head.weight')},
-            'a row': {v: torch.cat((2 * weights[v][:1], weights[v][1:]))}}.items():
-        fmt.model, fmt.tokenizer = load_model(checkpoint | {'model': weights | changed}), tokenizer
-        with pytest.raises(UserError, match='nothing was kept') as error:
-            export.compare(load_model(checkpoint), tokenizer, fmt)
-        assert float(re.search(r'divergence of (\S+) nats', str(error.value))[1]) >= 10 * fmt.bound, name
+def test_staging_refuses_a_link_to_another_folder(tmp_path):
+    (tmp_path / '.to.unfinished').symlink_to(tmp_path)
+    with pytest.raises(UserError, match='is a link to another folder'), export.staging(tmp_path / 'to'):
+        pass
 
 
-@pytest.mark.parametrize('place, name, wrong, message', [
-    (llama2c, 'pieces_of', lambda it, real=llama2c.pieces_of: real(it)[:270] + real(it)[:269:-1], 'as other'),
-    (Llama2c, 'decode', lambda self, ids: 'Once', 'as other'),
-    (Llama2c, 'logits', lambda self, ids, positions: torch.full((len(positions), 311), torch.nan), 'of nan')])
-def test_what_did_not_arrive_is_not_kept(run, tmp_path, monkeypatch, place, name, wrong, message):
-    run('llama2c', {})
-    run('llama2c', {})  # in the place of the first
-    before = (tmp_path / 'to/model.bin').stat().st_mtime_ns
-    monkeypatch.setattr(place, name, wrong)
-    with pytest.raises(UserError, match=f'{message}.*nothing was kept'):
-        run('llama2c', {})
-    assert (tmp_path / 'to/model.bin').stat().st_mtime_ns == before and len([*tmp_path.iterdir()]) == 2
+def test_staging_refuses_a_second_export_to_the_same_place(tmp_path):
+    with (export.staging(tmp_path / 'to'),
+          pytest.raises(UserError, match='in use by another process: it, too, exports to'),
+          export.staging(tmp_path / 'to')):
+        pass
 
 
-def test_without_a_package_it_says_so(run, tmp_path, monkeypatch):
+def test_export_says_what_it_could_not_check(tmp_path, run_export, monkeypatch):
+    save_random_run(tmp_path / 'out')
     monkeypatch.setitem(sys.modules, 'transformers', None)
-    assert 'not checked: reading back by transformers needs pip install transformers' in run('hf', {})
+    printed = run_export(format='hf')
+    assert 'not checked: reading back by transformers needs pip install transformers' in printed
+    assert (tmp_path / 'to' / 'model.safetensors').exists()
     monkeypatch.setitem(sys.modules, 'safetensors.torch', None)
-    with pytest.raises(ModuleNotFoundError, match='safetensors'):  # for errors.run to tell
+    with pytest.raises(ModuleNotFoundError, match='safetensors'):  # `run` prints it
         load_pretrained(tmp_path / 'to')
 
 
-@pytest.mark.parametrize('name, config, dtype, message', [
-    ('llama2c', GPT2_BLOCK, '', r'norm layer, position learned, .*tiny_stories.py with --norm rms .* hf or'),
-    ('llama2c', {'qk_norm': True}, '', r'--qk_norm False.* --format html or safetensors'),
-    ('llama2c-int8', {'norm_eps': 1e-6, 'rope_theta': 500.0}, '',
-     r'norm_eps 1e-06, rope_theta 500.0\): .*--norm_eps 1e-05 --rope_theta 10000.0, .* hf or gguf or html'),
-    ('hf', GPT2_BLOCK | {'position': 'sinusoidal', 'mlp': 'relu'}, '',
-     r'gpt2_89m.py with --position learned --mlp gelu, or take this one to --format html or safetensors'),
-    ('hf', GPT2_BLOCK | {'n_kv_head': 2}, '', r'n_kv_head 2\): .*--n_kv_head 4, .*--format html or safet'),
-    ('gguf', {'mlp': 'relu2'}, '', r'mlp relu2\): .*--mlp swiglu, .*--format html or safetensors'),
+# What it refuses
+
+@pytest.mark.parametrize('format, choices, dtype, message', [
+    ('llama2c', GPT2_BLOCK, 'f32',
+     r'norm layer, position learned, .*tiny_stories\.py with --norm rms .* --format hf or'),
+    ('llama2c', {'qk_norm': True}, 'f32', r'--qk_norm False.* --format html or safetensors'),
+    ('llama2c-int8', {'norm_eps': 1e-6, 'rope_theta': 500.0}, 'f32',
+     r'norm_eps 1e-06, rope_theta 500\.0\): .*--norm_eps 1e-05 --rope_theta 10000\.0, .* hf or gguf or html'),
+    ('hf', GPT2_BLOCK | {'position': 'sinusoidal', 'mlp': 'relu'}, 'f32',
+     r'gpt2_89m\.py with --position learned --mlp gelu, or export this one with --format html or safet'),
+    ('hf', GPT2_BLOCK | {'n_kv_head': 2}, 'f32', r'n_kv_head 2\): .*--n_kv_head 4, .*--format html or safet'),
+    ('gguf', {'mlp': 'relu2'}, 'f32', r'mlp relu2\): .*--mlp swiglu, .*--format html or safetensors'),
     ('gguf', {'mlp_width': 40}, 'q8_0', r'32 does not divide .* mlp_width 40.*--dtype f16'),
     ('gguf', {'n_embd': 40, 'n_kv_head': 4}, 'q8_0', r'32 does not divide n_embd 40')])
-def test_refused_before_any_work(run, tmp_path, monkeypatch, name, config, dtype, message):
-    monkeypatch.setattr(export, 'compare', None)
+def test_a_model_that_a_format_cannot_hold_is_refused(tmp_path, run_export, format, choices, dtype, message):
+    save_random_run(tmp_path / 'out', **choices)
     with pytest.raises(SettingError, match=message):
-        run(name, config, dtype=dtype or 'f32')
-    assert not (tmp_path / 'to').exists()
+        run_export(format=format, dtype=dtype)
+    assert names_in(tmp_path) == ['out']
+
+
+def test_a_gpt2_vocabulary_cannot_go_to_llama2c(tmp_path, run_export):
+    save_random_run(tmp_path / 'out', encoding='gpt2')
+    with pytest.raises(SettingError, match='--encoding_type bpe or char'):
+        run_export(format='llama2c')
+
+
+@pytest.mark.parametrize('settings, message', [
+    ({'format': 'onnx'}, r"format is 'onnx'.*one of llama2c, .*safetensors"),
+    ({'format': 'hf', 'ckpt': 'first'}, "ckpt is 'first'"),
+    ({'format': 'gguf', 'dtype': 'bf16'}, "dtype is 'bf16'"),
+    ({'format': 'hf', 'path': ''}, 'path is empty: type --path and a new folder'),
+    ({'format': 'gguf', 'path': ''}, 'path is empty: type --path and a file')])
+def test_wrong_settings_are_refused(run_export, settings, message):
+    with pytest.raises(SettingError, match=message):
+        run_export(**settings)
+
+
+@pytest.mark.parametrize('format, make, message', [
+    ('hf', lambda to: to.touch(), 'is a file, but --format hf writes a folder'),
+    ('html', lambda to: to.mkdir(), 'is a folder, but --format html writes a file'),
+    ('html', lambda to: to.write_text('<!DOCTYPE html>'), 'is a file that --format html did not write'),
+    ('hf', lambda to: (to.mkdir(), (to / 'thesis.txt').touch()), r'holds other files \(thesis\.txt')])
+def test_other_files_are_not_replaced(tmp_path, run_export, format, make, message):
+    make(tmp_path / 'to')
+    with pytest.raises(SettingError, match=message):
+        run_export(format=format)
+
+
+# The loss that a page shows
+
+def run_on(data, **changes):
+    """A checkpoint of a model that was trained on a prepared folder."""
+    meta = read_meta(data)
+    checkpoint = random_checkpoint(trained_tokenizer('char'), vocab_size=meta['vocab_size'], **SHAPE)
+    return checkpoint | {'settings': {'dataset': str(data)}, 'fingerprint': fingerprint(meta)} | changes
+
+
+def naive_loss(model, data):
+    """The loss of every validation token, window by window, with torch alone."""
+    tokens = torch.frombuffer(bytearray((data / 'val_00000.bin').read_bytes()), dtype=torch.uint16).long()
+    losses = []
+    for start in range(0, len(tokens) - 1, model.config.block_size):
+        window = tokens[start:start + model.config.block_size + 1]
+        log_p = model(window[None, :-1])[0].log_softmax(-1)
+        losses += (-log_p[range(len(window) - 1), window[1:]]).tolist()
+    return sum(losses) / len(losses)
+
+
+@torch.no_grad()
+def test_loss_in_8_bits_is_that_of_rounded_weights(data):
+    checkpoint = run_on(data)
+    model = load_model(checkpoint)
+    exact = naive_loss(model, data)
+    rounded = naive_loss(round_weights(model), data)
+    words = export.loss_in_8_bits(checkpoint)
+    found = re.fullmatch(r'(\S+) nats per token, in 8 bits (\S+) \((\S+)\)', words).groups()
+    assert [float(number) for number in found] == pytest.approx([exact, rounded, rounded - exact], abs=1e-4)
+
+
+def test_loss_in_8_bits_needs_the_data_of_the_model(data, tmp_path):
+    other = run_on(data, fingerprint='another')
+    assert export.loss_in_8_bits(other) == (
+        'not measured, as data is not the data that the model was trained on')
+    absent = run_on(data, settings={'dataset': str(tmp_path / 'absent')})
+    assert export.loss_in_8_bits(absent) == "not measured, as the model's data is not here"
+    assert export.loss_in_8_bits(run_on(data, settings={})).startswith('not measured')
+
+
+@needs_node
+def test_a_page_shows_the_loss_that_is_printed(data, tmp_path, run_export):
+    (tmp_path / 'out').mkdir()
+    torch.save(run_on(data, tokenizer=data_tokenizer(data)), tmp_path / 'out' / 'best.pt')
+    printed = run_export(format='html')
+    [loss] = re.findall('^validation loss: (.*)$', printed, re.M)
+    assert 'in 8 bits' in loss
+    page = Path(tmp_path / 'to').read_text('utf-8')
+    about = json.loads(page.split('id="about">')[1].split('</script>')[0])
+    assert ['validation loss', loss] in about['facts']
+
+
+def data_tokenizer(data):
+    return {'encoding': 'char', 'files': {'tokenizer.json': (data / 'tokenizer.json').read_bytes()}}

@@ -1,7 +1,7 @@
-"""cloud/modal_app.py without an account: its functions by .local(), on the built-in corpus, with a folder for
-a volume. With Modal's package it is that package's App and .local(), without it the few lines below.
+"""cloud/modal_app.py without an account: functions are called with .local(), and a folder is the volume.
 
-Not tested, as only an account could show it: images, GPUs, secrets, and a real volume.
+If Modal's package is installed, its App is used, otherwise the stand-in below. Images, GPUs, secrets and a
+real volume are not tested, as that needs an account.
 """
 
 import contextlib
@@ -20,15 +20,15 @@ from unittest.mock import MagicMock
 import pytest
 
 from core.checkpoint import load_checkpoint
-from tests.helpers import scripts as tiny
+from tests.helpers.scripts import ROOT, SETTINGS, Script
 
 pytestmark = pytest.mark.filterwarnings('ignore:The .* function is executing locally')
 TINY = ['--source=sample', '--encoding_type=char', '--data_percentage=1', '--num_proc=1', '--eval_iters=1',
-        '--eval_interval=4', '--num_samples=1', '--max_new_tokens=20', '--seed=2', *tiny.SETTINGS]
+        '--eval_interval=4', '--num_samples=1', '--max_new_tokens=20', '--seed=2', *SETTINGS]
 
 
 class StandInApp:
-    """What tests use of modal.App, for where there is no Modal."""
+    """The part of modal.App that these tests use, if Modal is not installed."""
 
     def __init__(self, name):
         self.entrypoints = []
@@ -45,11 +45,11 @@ if importlib.util.find_spec('modal'):
 else:
     sys.modules['modal'] = MagicMock(App=StandInApp)
     from cloud import modal_app, scripts
-    del sys.modules['modal']  # other tests' libraries must not find it
+    del sys.modules['modal']  # libraries in other tests must not find it
 
 
 class Remote:
-    """A function of the app that has no cloud to go to; `machines` are those it was asked for."""
+    """A function of the app that runs here; the machines it was asked for are added to `machines`."""
 
     def __init__(self, function, machines):
         self.remote, self.machines = function.local, machines
@@ -60,7 +60,7 @@ class Remote:
 
 
 class FolderVolume:
-    """A volume that is a folder."""
+    """A stand-in for modal.Volume that is a folder."""
 
     def __init__(self, path):
         self.path = path
@@ -77,15 +77,19 @@ class FolderVolume:
 
     @contextlib.contextmanager
     def batch_upload(self, force):
-        def put(copy, here, there):
-            there = self.path / there.lstrip('/')
-            if there.exists() and not force:
-                raise FileExistsError(f'{there.name}: already exists')
-            copy(here, there)
+        def target(path):
+            path = self.path / path.lstrip('/')
+            if path.exists() and not force:
+                raise FileExistsError(f'{path.name}: already exists')
+            return path
 
-        yield SimpleNamespace(put_file=lambda *names: put(shutil.copy, *names),
-                              put_directory=lambda *names: put(lambda *names: shutil.copytree(
-                                  *names, dirs_exist_ok=True), *names))
+        def put_file(local, remote):
+            shutil.copy(local, target(remote))
+
+        def put_directory(local, remote):
+            shutil.copytree(local, target(remote), dirs_exist_ok=True)
+
+        yield SimpleNamespace(put_file=put_file, put_directory=put_directory)
 
     def remove_file(self, name, recursive):
         assert recursive
@@ -94,7 +98,7 @@ class FolderVolume:
 
 @pytest.fixture
 def volume(tmp_path, monkeypatch):
-    """The folder that is the volume; elsewhere is the working directory."""
+    """The folder that is the volume. The working directory is another folder, `here`."""
     folder, here = tmp_path / 'volume', tmp_path / 'here'
     folder.mkdir()
     here.mkdir()
@@ -106,7 +110,7 @@ def volume(tmp_path, monkeypatch):
 
 @pytest.fixture
 def machines(monkeypatch):
-    """What the functions are run on, in order, by `main`."""
+    """The list of the machines that `main` asks for, in order."""
     machines = []
     for name in 'prepare', 'train', 'sample':
         monkeypatch.setattr(modal_app, name, Remote(getattr(modal_app, name), machines))
@@ -114,13 +118,13 @@ def machines(monkeypatch):
 
 
 class Forked:
-    """subprocess.Popen for our scripts, forked from a process that has torch: seconds faster."""
+    """A stand-in for subprocess.Popen that forks our scripts from a process with torch, seconds faster."""
 
-    started = ()  # all of them, of one test
+    started = ()  # all scripts of one test
 
     def __init__(self, words, cwd, env):
         assert words[0] == sys.executable
-        self.script = tiny.Script(*words[1:], cwd=cwd, **env)
+        self.script = Script(*words[1:], cwd=cwd, **env)
         self.started.append(self)
 
     def wait(self):
@@ -142,32 +146,36 @@ def forked(monkeypatch):
 
 
 def saved_at(folder):
-    """The step of a run's last checkpoint; -1 as long as there is none."""
+    """Return the step of a run's last checkpoint, or -1 if there is none yet."""
     with contextlib.suppress(Exception):
         return load_checkpoint(folder / 'ckpt.pt')['iter']
     return -1
 
 
-def kill_train(started, folder):
-    """Kills the second script, train.py, once it has saved step 4."""
+def kill_train(started, folder, ended):
+    """Kill the second script, train.py, once it has saved step 4, unless everything has ended before."""
     while saved_at(folder) < 4:
-        time.sleep(0.02)
+        if ended.wait(0.02):
+            return
     os.kill(started[1].script.process.pid, signal.SIGKILL)
 
 
-def test_a_run_that_was_cut_off_goes_on_to_stories(volume, machines, forked, tmp_path):
-    """The whole chain, its machine lost in the midst of training and the same typed again."""
-    out, words = volume / 'out-quickstart', [*TINY, '--max_iters=2000', '--overwrite', '--prompt=One day']
-    killer = threading.Thread(target=kill_train, args=(forked, out))
+def test_main_resumes_a_run_whose_machine_was_lost(volume, machines, forked, tmp_path):
+    """From prepare to sample: training is killed, and the same command is typed again."""
+    out = volume / 'out-quickstart'
+    words = [*TINY, '--max_iters=2000', '--overwrite', '--prompt=One day']
+    ended = threading.Event()
+    killer = threading.Thread(target=kill_train, args=(forked, out, ended))
     killer.start()
     with pytest.raises(SystemExit) as exit:
         modal_app.main(*words)
+    ended.set()
     killer.join()
     assert exit.value.code == 128 + signal.SIGKILL and len(forked) == 2
     at = saved_at(out)
     assert 4 <= at < 2000
     modal_app.main(*[word.replace('2000', str(at + 2)) for word in words if word != '--overwrite'])
-    train, export, sample = (start.script for start in forked[2:])  # and it was not prepared again
+    train, export, sample = (start.script for start in forked[2:])  # prepare.py did not run again
     assert f'step {at}/{at + 2}' in train.out and f'step {at - 1}/' not in train.out
     assert saved_at(out) == at + 2
     assert {path.name for path in out.iterdir()} >= {'best.pt', 'metrics.jsonl', 'llama2c'}
@@ -175,23 +183,23 @@ def test_a_run_that_was_cut_off_goes_on_to_stories(volume, machines, forked, tmp
     assert sample.out.startswith('One day')
     assert [machine['gpu'] for machine in machines] == [None, 'T4', None, 'T4', 'T4']
     assert sorted(path.name for path in volume.iterdir()) == ['data', 'out-quickstart']
-    assert not os.listdir(tmp_path / 'here')  # all is on the volume
+    assert not os.listdir(tmp_path / 'here')  # everything is on the volume
 
 
-def test_overwrite_is_for_an_older_run(volume, monkeypatch):
-    """Modal begins the same call again where it took the machine away: what that had done is not lost."""
+def test_overwrite_replaces_only_a_run_from_before_the_call(volume, monkeypatch):
+    """When Modal has taken a machine back, it repeats the same call, which must not lose its own run."""
     calls = []
     monkeypatch.setattr(modal_app, 'call', lambda folder, *script: calls.append(script) or 0)
     (volume / 'out').mkdir()
     (volume / 'out/ckpt.pt').touch()
     flags, saved = {'out_dir': 'out', 'overwrite': True}, (volume / 'out/ckpt.pt').stat().st_mtime
-    for began in saved + 9, saved - 9:
-        assert modal_app.train.local(flags, [], '', began, {}) == 0
+    for start_time in saved + 9, saved - 9:
+        assert modal_app.train.local(flags, [], '', start_time, {}) == 0
     assert [flags.get('init_from') for name, flags, *_ in calls if name == 'train'] == [None, 'resume']
 
 
-def test_a_script_is_ended_gently_where_modal_wants_its_machine(volume, monkeypatch):
-    """An interrupt on the way is SIGTERM to the script, which has the time to save."""
+def test_call_asks_its_script_to_stop_and_waits(volume, monkeypatch):
+    """Modal interrupts a function to take its machine back: the script gets SIGTERM and time to save."""
     (volume / 'script.py').write_text('''
 import pathlib, signal, time
 
@@ -200,18 +208,18 @@ def save(*_):
     pathlib.Path('saved').touch()
 
 signal.signal(signal.SIGTERM, save)
-pathlib.Path('began').touch()
+pathlib.Path('started').touch()
 while not pathlib.Path('saved').exists():
     time.sleep(0.01)
 ''')
     monkeypatch.setitem(scripts.SCRIPTS, 'sample', volume / 'script.py')
 
     def interrupt():
-        while not (volume / 'began').exists():
+        while not (volume / 'started').exists():
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGINT)
 
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever other tests have left
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may be ignored
     threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
         modal_app.sample.local({})
@@ -220,47 +228,48 @@ while not pathlib.Path('saved').exists():
 
 
 @pytest.mark.parametrize('ending, status', [('sys.exit(2)', 2), ('os.kill(os.getpid(), 15)', 143)])
-def test_a_script_gets_its_words_and_gives_its_status(volume, monkeypatch, ending, status):
+def test_call_passes_flags_and_returns_the_status(volume, monkeypatch, ending, status):
     (volume / 'script.py').write_text(f'''
 import os, sys
 
-print(os.getcwd(), os.environ['HF_HOME'], *sys.argv[1:], file=open('told', 'w'))
+print(os.getcwd(), os.environ['HF_HOME'], *sys.argv[1:], file=open('printed', 'w'))
 {ending}
 ''')
     monkeypatch.setitem(scripts.SCRIPTS, 'sample', volume / 'script.py')
     assert modal_app.sample.local({'start': 'a=b c', 'top_k': 3}) == status
-    assert (volume / 'told').read_text() == f'{volume} {volume}/caches/huggingface --start=a=b c --top_k=3\n'
+    printed = (volume / 'printed').read_text()
+    assert printed == f'{volume} {volume}/caches/huggingface --start=a=b c --top_k=3\n'
 
 
-def test_nothing_is_started_after_what_failed(machines, volume, monkeypatch):
+def test_start_stops_after_a_script_that_failed(machines, volume, monkeypatch):
     monkeypatch.setattr(modal_app, 'call', lambda folder, name, *_: 3 * (name == 'train'))
     with pytest.raises(SystemExit) as exit:
         modal_app.main()
     assert exit.value.code == 3 and len(machines) == 2
 
 
-def test_several_gpus_have_torchrun(volume, monkeypatch):
+def test_train_uses_torchrun_for_several_gpus(volume, monkeypatch):
     started, process = [], MagicMock()
     process.__enter__.return_value.wait.return_value = 0
     monkeypatch.setattr(subprocess, 'Popen', lambda words, **_: started.append(words) or process)
     modal_app.train.local({'out_dir': 'out'}, ['config/quickstart.py'], '8', 0, {})
     assert started[0][2:5] == ['torch.distributed.run', '--standalone', '--nproc_per_node=8']
-    assert started[0][5:] == [tiny.ROOT / 'train.py', tiny.ROOT / 'config/quickstart.py', '--out_dir=out']
-    assert started[1][1:] == [tiny.ROOT / 'export.py']
+    assert started[0][5:] == [ROOT / 'train.py', ROOT / 'config/quickstart.py', '--out_dir=out']
+    assert started[1][1:] == [ROOT / 'export.py']
 
 
-def test_a_model_that_llama2c_cannot_hold_is_no_failure(volume, monkeypatch, capsys):
+def test_train_succeeds_if_only_the_export_fails(volume, monkeypatch, capsys):
     monkeypatch.setattr(modal_app, 'call', lambda folder, name, *_: 2 * (name == 'export'))
     assert modal_app.train.local({'out_dir': 'out'}, [], '', 0, {}) == 0
-    assert 'no files for llama2.c' in capsys.readouterr().err
+    assert 'not exported for llama2.c' in capsys.readouterr().err
 
 
 def passed(*words):
-    """{script: {what it gets}} of a command line."""
+    """Return {script: its flags} for a command line."""
     return scripts.plan(words, modal_app.OWN)[3]
 
 
-def test_a_setting_goes_to_the_scripts_that_declare_it():
+def test_plan_passes_a_setting_to_the_scripts_that_declare_it():
     own, files, folder, flags = scripts.plan(
         ['--source', 'sample', '--seed=3', '--prompt', 'One=day', '--n_layer', '2', '--ckpt', 'last',
          '--compile', '--dtype=float32', '--gpu=H100:8', '--init_from=m.bin', '--offline', '--num_proc', '2'],
@@ -277,33 +286,33 @@ def test_a_setting_goes_to_the_scripts_that_declare_it():
                    'out_dir': 'out-quickstart'}}
 
 
-def test_what_is_read_of_a_script_is_what_it_has():
+def test_defaults_reads_the_settings_of_a_script():
     import train
 
-    names = scripts.defaults(tiny.ROOT / 'train.py')
+    names = scripts.defaults(ROOT / 'train.py')
     assert names == {name: getattr(train, name) for name in scripts.configurator.declarations(train.__file__)
                      if type(getattr(train, name)) in scripts.configurator.KINDS}
 
 
-def test_the_default_is_tiny_stories():
+def test_plan_uses_tiny_stories_by_default():
     own, files, folder, flags = scripts.plan([], modal_app.OWN)
     assert (own['gpu'], files, folder) == ('T4', ['config/tiny_stories.py'], 'data/tiny_stories')
     assert 'source' not in flags['prepare'] and flags['sample'] == {'out_dir': 'out-tiny-stories'}
 
 
-def test_inference_is_of_the_run_that_the_same_words_train(machines, volume, monkeypatch):
+def test_inference_samples_from_the_run_of_the_same_command_line(machines, volume, monkeypatch):
     calls = []
     monkeypatch.setattr(modal_app, 'call', lambda folder, *script: calls.append(script) or 0)
-    config = str(tiny.ROOT / 'config/char_1m.json')
+    config = str(ROOT / 'config/char_1m.py')
     for command in 'train', 'inference', 'sample':
         modal_app.main(config, '--command', command, '--prompt=A', '--out_dir=o', '--gpu=A10:2')
     assert [name for name, *_ in calls] == ['prepare', 'train', 'export', 'sample', 'sample']
     assert calls[-1] == calls[-2] == ('sample', {'start': 'A', 'out_dir': 'o'})
-    assert calls[1][2:] == (['config/char_1m.json'], '2')
+    assert calls[1][2:] == (['config/char_1m.py'], '2')
     assert [machine['gpu'] for machine in machines] == [None, 'A10:2', 'A10', 'A10']
 
 
-def test_data_is_named_by_what_made_it():
+def test_plan_names_data_after_the_settings_it_is_prepared_with():
     folder = passed('--source=sample')['train']['dataset']
     same = passed('--source=sample', '--num_proc=3', '--offline', '--max_iters=9')
     assert same['train']['dataset'] == folder
@@ -320,7 +329,7 @@ def test_data_is_named_by_what_made_it():
     (['--dataset=data/mine', '--encoding_type=bpe'], 'dataset leave encoding_type'),
     (['--out_dir=/tmp/x'], 'out_dir /tmp/x volume'), (['--out_dir=../x'], 'out_dir ../x volume'),
     (['elsewhere.json'], 'elsewhere.json config')])
-def test_a_mistake_is_one_line_before_anything_runs(volume, machines, capsys, words, named):
+def test_main_reports_a_mistake_in_one_line_before_anything_runs(volume, machines, capsys, words, named):
     Path('elsewhere.json').write_text('{}')
     with pytest.raises(SystemExit) as exit:
         modal_app.main(*words)
@@ -329,7 +338,7 @@ def test_a_mistake_is_one_line_before_anything_runs(volume, machines, capsys, wo
     assert not [name for name in named.split() if name not in err], err
 
 
-def test_an_end_that_modal_tells_of_is_one_line(volume, machines, monkeypatch, capsys):
+def test_main_reports_an_error_of_modal_in_one_line(volume, machines, monkeypatch, capsys):
     def timeout(*arguments):
         raise TimeoutError('Task timed out')
 
@@ -340,25 +349,25 @@ def test_an_end_that_modal_tells_of_is_one_line(volume, machines, monkeypatch, c
     assert exit.value.code == 1 and err.count('\n') == 1 and 'Task timed out' in err and 'again' in err
 
 
-def test_only_code_and_recipes_travel():
-    names = ['train.py', 'config/char_1m.json', 'data/tiny_stories/prepare.py', 'requirements.txt']
-    left = ['.git/HEAD', '.venv/lib/a.py', 'out-x/ckpt.pt', 'data/tiny_stories/meta.json',
-            'data/mine/train_00000.bin', 'formats/__pycache__/base.pyc']
-    assert [name for name in names + left if scripts.stays_here(Path(name))] == left
+def test_stays_here_lets_code_and_recipes_through():
+    copied = ['train.py', 'config/char_1m.py', 'data/tiny_stories/prepare.py', 'requirements.txt']
+    left_out = ['.git/HEAD', '.venv/lib/a.py', 'out-x/ckpt.pt', 'data/tiny_stories/meta.json',
+                'data/mine/train_00000.bin', 'formats/__pycache__/base.pyc']
+    assert [name for name in copied + left_out if scripts.stays_here(Path(name))] == left_out
 
 
 def entrypoint(app):
-    """What `modal run cloud/modal_app.py::APP` calls: an app's one entrypoint."""
+    """Return the function that `modal run cloud/modal_app.py::APP` calls: the app's one entrypoint."""
     if isinstance(app, StandInApp):
         entrypoints = app.entrypoints
     else:
-        entrypoints = [found.info.raw_f for found in app._local_state.local_entrypoints.values()]
+        entrypoints = [found.info.raw_f for found in app.registered_entrypoints.values()]
     assert len(entrypoints) == 1
     return entrypoints[0]
 
 
-def test_modal_run_finds_the_entrypoints():
-    """Without ::APP it takes the one that is a name of the module, and refuses where there are two."""
+def test_only_one_entrypoint_is_a_global_name():
+    """`modal run FILE` without ::APP refuses if it finds several."""
     values = [getattr(value, 'info', SimpleNamespace(raw_f=value)).raw_f if callable(value) else None
               for value in vars(modal_app).values()]
     apps = modal_app.app, modal_app.transfer, modal_app.cleanup
@@ -370,7 +379,7 @@ def transfer():
     return entrypoint(modal_app.transfer)
 
 
-def test_transfer_brings_a_run_there_and_back(volume, transfer, capsys):
+def test_transfer_copies_a_run_to_the_volume_and_back(volume, transfer, capsys):
     Path('out-x/llama2c').mkdir(parents=True)
     Path('out-x/ckpt.pt').write_bytes(b'12345')
     Path('out-x/llama2c/model.bin').write_bytes(b'')
@@ -393,7 +402,7 @@ def test_transfer_brings_a_run_there_and_back(volume, transfer, capsys):
 
 @pytest.mark.parametrize('words', [(), ('get',), ('send', 'out-x'), ('get', '../x'), ('put', '/x'),
                                    ('get', 'out-x', 'out-y')])
-def test_transfer_refuses_what_it_does_not_know(volume, transfer, words, capsys):
+def test_transfer_reports_a_mistake_in_one_line(volume, transfer, words, capsys):
     with pytest.raises(SystemExit) as exit:
         transfer(*words)
     assert exit.value.code == 2 and capsys.readouterr().err.count('\n') == 1
@@ -401,11 +410,12 @@ def test_transfer_refuses_what_it_does_not_know(volume, transfer, words, capsys)
 
 @pytest.mark.parametrize('answers, kept', [
     (['yes', 'out-x'], False), (['no'], True), (['yes', 'yes'], True), (['y'], True), ([], True)])
-def test_cleanup_asks_twice(volume, monkeypatch, capsys, answers, kept):
+def test_cleanup_deletes_after_two_confirmations(volume, monkeypatch, capsys, answers, kept):
     for name, size in ('out-x/ckpt.pt', 2_000_000), ('data/mine/meta.json', 10), ('data/b/meta.json', 10):
         (volume / name).parent.mkdir(parents=True)
         (volume / name).write_bytes(b'x' * size)
-    answers, remove = iter(answers), entrypoint(modal_app.cleanup)
+    answers = iter(answers)
+    remove = entrypoint(modal_app.cleanup)
 
     def answer(question):
         with contextlib.suppress(StopIteration):
@@ -425,8 +435,8 @@ def test_cleanup_asks_twice(volume, monkeypatch, capsys, answers, kept):
     assert 'data/mine' in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_without_modal_one_line_names_it(tmp_path):
-    """By an empty folder of packages: -S leaves out all that pip installed."""
-    done = subprocess.run([sys.executable, '-S', str(tiny.ROOT / 'cloud/modal_app.py')], cwd=tmp_path,
+def test_missing_package_is_one_line(tmp_path):
+    """`python -S` does not find what pip has installed."""
+    done = subprocess.run([sys.executable, '-S', str(ROOT / 'cloud/modal_app.py')], cwd=tmp_path,
                           capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': ''})
     assert done.returncode == 1 and done.stderr == 'modal_app.py: this needs a package: pip install modal\n'

@@ -1,4 +1,4 @@
-"""Every rule of the settings, as tables of cases over one small script."""
+"""The settings of a script: tables of cases for one small script."""
 
 import importlib.util
 import math
@@ -23,12 +23,12 @@ learning_rate = 1e-3  # peak rate  # after warmup
 compile = False
 flash: bool = True  # an annotated one
 dtype = 'float#32'  # has a # in its value
-start = 'a b'  # a text
-_private = 3  # no setting
-table = [1, 2]  # no setting
+start = 'a b'  # a string
+_private = 3  # not a setting
+table = [1, 2]  # not a setting
 version = len(digits) - 8  # computed
 if version:
-    nested = 1  # no setting: not at the top level
+    nested = 1  # not a setting: not at the top level
 '''
 DEFAULTS = {'max_iters': 100, 'learning_rate': 1e-3, 'compile': False, 'flash': True, 'dtype': 'float#32',
             'start': 'a b', 'version': 2}
@@ -40,7 +40,7 @@ FILES = {
     'both.py': "dtype = 'py'\n",
     'both.json': '{"dtype": "json"}',
     'bom.json': '\ufeff{"max_iters": 11}',
-    'own_affairs.py': '''"""Docstring."""
+    'helpers.py': '''"""Docstring."""
 import math
 import os
 from math import *
@@ -63,7 +63,7 @@ max_iters = twice(_steps) + sum(i for i in range(3)) + half(int(pi))
 
 @pytest.fixture
 def script(tmp_path, monkeypatch):
-    """The imported script, in a current folder with config/ and a file of each name above."""
+    """Import the script in a working directory whose folder config/ contains FILES; return the module."""
     (tmp_path / 'script.py').write_text(SCRIPT)
     (tmp_path / 'config').mkdir()
     for name, text in FILES.items():
@@ -76,8 +76,8 @@ def script(tmp_path, monkeypatch):
     return module
 
 
-def refused(script, capsys, *argv, **options):
-    """The one line that `configure` prints before it exits with status 2."""
+def rejected(script, capsys, *argv, **options):
+    """Run `configure` with a mistake; return the one line that it prints before it exits with status 2."""
     before = dict(vars(script))
     with pytest.raises(SystemExit) as exit:
         configure(vars(script), list(argv), **options)
@@ -88,10 +88,10 @@ def refused(script, capsys, *argv, **options):
     return err.removeprefix('script.py: ')
 
 
-def test_the_settings_are_the_plain_public_globals_of_the_script_itself(script):
+def test_settings_are_the_public_plain_globals_of_the_script(script):
     assert settings(vars(script)) == DEFAULTS
     configure(vars(script), ['--max_iters=5'])
-    Path('script.py').write_text('half-saved (')  # they stay those that it began with
+    Path('script.py').write_text('half-saved (')  # an edit while the script runs changes nothing
     assert settings(vars(script)) == DEFAULTS | {'max_iters': 5}
 
 
@@ -118,15 +118,15 @@ def test_the_settings_are_the_plain_public_globals_of_the_script_itself(script):
     ('--config_file config/plain.py', {'max_iters': 7}),
     ('config/both', {'dtype': 'py'}),
     ('config/bom.json', {'max_iters': 11}),
-    ('config/own_affairs.py', {'learning_rate': 1.0, 'max_iters': 10}),
+    ('config/helpers.py', {'learning_rate': 1.0, 'max_iters': 10}),
     ('config/subclass.py', {'learning_rate': 2.0}),
     ('config/imports_it.py', {'learning_rate': math.e}),
     ('config/deleted.py', {}),
-    # precedence: defaults, files in their order, flags wherever they stand
+    # precedence: defaults, files in their order, flags wherever they are
     ('config/ten config/double', {'max_iters': 20, 'dtype': 'ten'}),
     ('--max_iters 3 config/double', {'max_iters': 3}),
 ])
-def test_override(script, monkeypatch, argv, changed):
+def test_configure_overrides_settings(script, monkeypatch, argv, changed):
     words = argv.split() if isinstance(argv, str) else argv
     monkeypatch.setattr(sys, 'argv', ['some/script.py', *words])
     configure(vars(script))
@@ -149,14 +149,17 @@ def test_override(script, monkeypatch, argv, changed):
     ('--learning_rate 1e999', "'learning_rate' on the command line must be a finite number, not inf"),
     ('--compile true', "'compile' on the command line must be True or False, not 'true'"),
     ('--compile 1', "'compile' on the command line must be True or False, not 1"),
-    ('--dtype', '--dtype needs a value (for one that starts with --, type --dtype=--...)'),
+    ('--dtype', '--dtype needs a value (if the value starts with --, type --dtype=--...)'),
     ('--dtype --compile', '--dtype needs a value'),
+    ('-x', "unknown setting '-x' on the command line"),
+    ('--max_iter 5 --zzz 5 config/plane', "unknown setting 'max_iter' on the command line"),
+    ('--max_iters 1if', "'max_iters' on the command line must be an int, not '1if'"),
     ('config/plane', "no config file 'config/plane' (.py or .json); did you mean 'config/plain.py'?"),
     ('nowhere/x.json', "no config file 'nowhere/x.json' (.py or .json)\n"),
     ('config/notes.txt', "no config file 'config/notes.txt' (.py or .json)"),
 ])
-def test_a_mistake_on_the_command_line_is_one_line(script, capsys, argv, message):
-    assert refused(script, capsys, *argv.split()).startswith(message)
+def test_configure_reports_a_mistake_on_the_command_line_in_one_line(script, capsys, argv, message):
+    assert rejected(script, capsys, *argv.split()).startswith(message)
 
 
 @pytest.mark.parametrize(('name', 'content', 'message'), [
@@ -168,23 +171,24 @@ def test_a_mistake_on_the_command_line_is_one_line(script, capsys, argv, message
      'config/x.py, line 2: FileNotFoundError: '),
     ('x.json', b'{"_private": 5}', "unknown setting '_private' in config/x.json"),
     ('x.json', b'{"dtype": 5}', "'dtype' in config/x.json must be a str, not 5"),
-    ('x.json', b'{"dtype": "a\\u0000b"}', r"'dtype' in config/x.json is 'a\x00b', which no text"),
-    ('x.json', b'{"dtype": "\\ud800"}', r"'dtype' in config/x.json is '\ud800', which no text"),
+    ('x.json', b'{"dtype": "a\\u0000b"}',
+     r"'dtype' in config/x.json contains a NUL or an invalid character: 'a\x00b'"),
+    ('x.json', b'{"dtype": "\\ud800"}',
+     r"'dtype' in config/x.json contains a NUL or an invalid character: '\ud800'"),
     ('x.json', b'{"learning_rate": NaN}', "'learning_rate' in config/x.json must be a finite number, not"),
     ('x.json', b'{"learning_rate": 1' + b'0' * 400 + b'}',
      "'learning_rate' in config/x.json must be a finite number, not 1000"),
-    ('x.json', b'[1]', 'config/x.json must hold an object, {"name": value, ...}, not [1]'),
+    ('x.json', b'[1]', 'config/x.json must contain an object, {"name": value, ...}, not [1]'),
     ('x.json', b'{"max_iters": 1,\n "dtype": }', 'config/x.json, line 2: json.decoder.JSONDecodeError: '),
     ('x.json', b'{"dtype": "\xe9"}', "config/x.json: UnicodeDecodeError: 'utf-8' codec can't decode"),
 ])
-def test_a_mistake_in_a_file_is_one_line_and_nothing_is_taken_from_the_good_one(
-        script, capsys, name, content, message):
+def test_configure_reports_a_mistake_in_a_config_file_in_one_line(script, capsys, name, content, message):
     Path('config', name).write_bytes(content)
-    assert refused(script, capsys, 'config/plain.py', f'config/{name}').startswith(message)
+    assert rejected(script, capsys, 'config/plain.py', f'config/{name}').startswith(message)
 
 
 @pytest.mark.parametrize('flag', ['--help', '-h'])
-def test_help_lists_every_setting_with_its_type_default_and_comment(script, capsys, flag):
+def test_help_lists_each_setting_with_type_default_and_comment(script, capsys, flag):
     with pytest.raises(SystemExit) as exit:
         configure(vars(script), ['config/plain.py', flag])
     out, err = capsys.readouterr()
@@ -201,7 +205,7 @@ settings:
   --compile        bool = False
   --flash          bool = True               an annotated one
   --dtype          str = 'float#32'          has a # in its value
-  --start          str = 'a b'               a text
+  --start          str = 'a b'               a string
   --version        int = 2                   computed
 """
 
@@ -210,42 +214,52 @@ settings:
     ('', {'learning_rate': 1}, {'learning_rate': 1.0}),
     ('', {'removed_since': 50, 'dtype': 'old'}, {'dtype': 'old'}),
     ('config/plain.py', {'max_iters': 50, 'dtype': 'old'}, {'max_iters': 7, 'dtype': 'old'}),
-    ('config/same.py', {'max_iters': 50}, {'max_iters': 100}),  # though it is the default
+    ('config/same.py', {'max_iters': 50}, {'max_iters': 100}),  # even though it is the default
     ('config/double.py', {'max_iters': 50}, {'max_iters': 100}),
     ('config/double.py', {'dtype': 'old'}, {'max_iters': 200, 'dtype': 'old'}),
     ('--max_iters 3', {'max_iters': 50, 'dtype': 'old'}, {'max_iters': 3, 'dtype': 'old'}),
 ])
-def test_base_lies_between_the_defaults_and_what_is_given(script, argv, saved, changed):
+def test_checkpoint_settings_override_defaults_only(script, argv, saved, changed):
     configure(vars(script), argv.split(), base=lambda _: saved)
     assert settings(vars(script)) == DEFAULTS | changed
 
 
-def test_base_is_called_once_with_the_settings_as_given(script):
+def test_base_is_called_once_with_the_settings_of_this_call(script):
     calls = []
-    configure(vars(script), ['--dtype=x', 'config/plain'], base=calls.append)  # and there is no checkpoint
+    configure(vars(script), ['--dtype=x', 'config/plain'], base=calls.append)  # returns None
     assert calls == [DEFAULTS | {'max_iters': 7, 'dtype': 'x'}]
     assert settings(vars(script)) == calls[0]
 
 
-def test_mistakes_in_and_under_base(script, capsys):
+def test_configure_reports_a_mistake_in_the_checkpoint(script, capsys):
     def missing(_):
         raise SettingError('no checkpoint in out/')
 
-    assert refused(script, capsys, base=missing) == 'no checkpoint in out/\n'
-    assert refused(script, capsys, base=lambda _: {'dtype': 16}) == \
+    assert rejected(script, capsys, base=missing) == 'no checkpoint in out/\n'
+    assert rejected(script, capsys, base=lambda _: {'dtype': 16}) == \
         "'dtype' in the checkpoint must be a str, not 16\n"
 
 
-def test_ranges_and_choices_name_the_setting():
+@pytest.mark.parametrize(('limits', 'values', 'message'), [
+    ({'above': 0, 'at_most': 1}, {'a': 0}, 'a is 0; it must be above 0 and at most 1'),
+    ({'above': 0, 'at_most': 1}, {'a': 1, 'b': 2}, 'b is 2; it must be above 0 and at most 1'),
+    ({'at_least': 1, 'below': 5}, {'c': 5}, 'c is 5; it must be at least 1 and below 5'),
+    ({'at_least': 1, 'below': 5}, {'c': 0}, 'c is 0; it must be at least 1 and below 5'),
+])
+def test_in_range_names_the_setting_and_its_limits(limits, values, message):
+    with pytest.raises(SettingError) as raised:
+        in_range(**limits, **values)
+    assert str(raised.value) == message
+
+
+def test_in_range_accepts_the_limits():
     in_range(above=0, at_most=1, a=1, b=0.5)
-    in_range(at_least=1, below=5, c=1)
-    for limits, values, message in (
-            ({'above': 0, 'at_most': 1}, {'a': 0}, 'a is 0; it must be above 0 and at most 1'),
-            ({'above': 0, 'at_most': 1}, {'a': 1, 'b': 2}, 'b is 2; '),
-            ({'at_least': 1, 'below': 5}, {'c': 5}, 'c is 5; it must be at least 1 and below 5'),
-            ({'at_least': 1, 'below': 5}, {'c': 0}, 'c is 0; ')):
-        with pytest.raises(SettingError, match=message):
-            in_range(**limits, **values)
+    in_range(at_least=1, below=5, c=1, d=4.9)
+    in_range(e=1e300)
+
+
+def test_one_of_names_the_setting_and_its_choices():
     one_of(('x', 'y'), d='y')
-    with pytest.raises(SettingError, match="d is 'z'; type --d and one of x, y"):
+    with pytest.raises(SettingError) as raised:
         one_of(('x', 'y'), d='z')
+    assert str(raised.value) == "d is 'z'; it must be one of x, y"

@@ -72,7 +72,7 @@ def naive_logits(model, tokens):
 
 
 @pytest.mark.parametrize('choices', CASES, ids=str)
-def test_logits_are_those_of_the_naive_model(choices):
+def test_logits_equal_those_of_the_naive_model(choices):
     model, tokens = small_model(**choices), torch.randint(0, 23, (11,))
     with torch.no_grad():
         torch.testing.assert_close(model(tokens[None])[0], naive_logits(model, tokens), atol=1e-4, rtol=1e-4)
@@ -86,7 +86,7 @@ def gradient(model, loss):
 
 @pytest.mark.parametrize('rows', [1, 3, 100])
 @pytest.mark.parametrize('tied', [True, False])
-def test_the_loss_and_its_gradients_are_those_of_all_logits_at_once(rows, tied):
+def test_the_chunked_loss_equals_that_of_all_logits_at_once(rows, tied):
     model, idx = small_model(tie_embeddings=tied), torch.randint(0, 23, (2, 9))
     x, y = idx[:, :-1], idx[:, 1:].clone()
     y[0, 5:], y[1, 0] = -1, 0  # no target; the first id
@@ -97,7 +97,7 @@ def test_the_loss_and_its_gradients_are_those_of_all_logits_at_once(rows, tied):
 
 
 @pytest.mark.parametrize('choices', CASES, ids=str)
-def test_autocast_on_the_cpu_is_near_the_float32_model(choices):
+def test_autocast_is_near_the_float32_model(choices):
     model, idx = small_model(**choices), torch.randint(0, 23, (4, 17))
     exact = model(idx[:, :-1], idx[:, 1:])
     with torch.autocast('cpu', torch.bfloat16):
@@ -122,17 +122,22 @@ def test_every_parameter_is_initialised_at_its_scale(choices):
             assert abs(p.mean().item()) < 5 * std / math.sqrt(p.numel()), name
 
 
-def test_dropout_changes_the_training_loss_alone(monkeypatch):
+def test_dropout_is_applied_in_training_only(monkeypatch):
     model, idx, places = small_model(dropout=0.5), torch.randint(0, 23, (2, 10)), []
     x, y = idx[:, :-1], idx[:, 1:]
     assert model(x, y) == model(x, y)
     model.train()
     monkeypatch.setattr(F, 'dropout', lambda x, p, training=True: places.append((p, training)) or x)
-    with torch.autocast('cpu', torch.bfloat16):
-        model(x, y)
-    # of the embedding, and in two blocks of what attention looks at, of what it gives and of the MLP
-    assert places == [(0.5, True)] * 7
-    assert model(x, y) != model(x, y)  # scaled_dot_product_attention has its own
+    monkeypatch.setattr(F, 'scaled_dot_product_attention', lambda q, k, v, dropout_p, **_: (
+        places.append(('attention', dropout_p)), v)[1])
+    model(x, y)
+    block = [('attention', 0.5), (0.5, True), (0.5, True)]  # attention, its output, the MLP's output
+    assert places == [(0.5, True), *block, *block]
+    model.eval()
+    places.clear()
+    model(x, y)
+    block = [('attention', 0.0), (0.5, False), (0.5, False)]
+    assert places == [(0.5, False), *block, *block]
 
 
 def test_n_params_of_known_models():
@@ -146,12 +151,12 @@ def test_n_params_of_known_models():
     ({'norm': 'batch'}, 'rms, layer'), ({'mlp': ''}, 'mlp'), ({'position': 'none'}, 'position'),
     ({'n_layer': 0}, 'n_layer'), ({'block_size': -1}, 'block_size'), ({'mlp_width': -8}, 'mlp_width'),
     ({'dropout': 1.0}, 'dropout'), ({'norm_eps': 0.0}, 'norm_eps'), ({'rope_theta': 0.0}, 'rope_theta')])
-def test_choices_that_make_no_model_are_refused(choices, named):
+def test_config_rejects_choices_that_make_no_model(choices, named):
     with pytest.raises(ValueError, match=named):
         GPTConfig(**{'n_head': 4, 'n_embd': 32} | choices)
 
 
-def test_flops_by_hand():
+def test_flops_per_token_by_hand():
     """Two operations a weight forward and four backward; the products of attention over a whole window."""
     config = GPTConfig(16, vocab_size=23, n_layer=3, n_head=4, n_kv_head=2, n_embd=32, mlp_width=48)
     block = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48  # q, k and v, proj, swiglu
@@ -164,7 +169,7 @@ class OnCuda(torch.Tensor):
 
 
 @pytest.mark.parametrize('kind, k_heads', [(OnCuda, 4), (torch.Tensor, 2)])
-def test_grouped_queries_make_no_scores_of_all_pairs(monkeypatch, kind, k_heads):
+def test_grouped_queries_repeat_the_heads_on_cuda_only(monkeypatch, kind, k_heads):
     """As enable_gqa does where flash attention cannot run; on a CPU that always can."""
     calls, attend = [], F.scaled_dot_product_attention
     monkeypatch.setattr(F, 'scaled_dot_product_attention', lambda q, k, v, **more: (

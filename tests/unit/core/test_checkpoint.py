@@ -1,8 +1,10 @@
-"""Checkpoints: whole or not at all, and nothing in them runs. The folder of a run."""
+"""Checkpoints: whole or not at all, and nothing in them runs. The folder and the state of a run."""
 
 import json
+import math
 import os
 import resource
+import sys
 from functools import partial
 
 import pytest
@@ -10,10 +12,22 @@ import torch
 
 from configurator import SettingError, UserError
 from core import checkpoint
-from core.checkpoint import RunFolder, load_checkpoint, load_model
-from data.files import report_write_errors, write_atomically
+from core.checkpoint import (
+    DivergedError,
+    Run,
+    RunFolder,
+    check_size,
+    load_checkpoint,
+    load_model,
+    parameter_shapes,
+)
+from core.optim import make_optimizers
+from data.files import write_atomically
+from data.tokenizer import CharTokenizer
 from model import GPT, GPTConfig
+from tests.helpers.models import CASES
 
+TOKENIZER = CharTokenizer.train(['abc'])
 STATE = {
     'model': {'w': torch.arange(100_000.0)},
     'config': {'n_layer': 2},
@@ -21,13 +35,15 @@ STATE = {
     'settings': {'seed': 1},
     'iter': 7,
 }
+SMALL = {'n_layer': 2, 'n_head': 2, 'n_embd': 8, 'vocab_size': 11}
 
 
 def save(path, state):
     write_atomically(path, partial(torch.save, state))
 
 
-def test_what_is_saved_is_loaded_and_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads /proc')
+def test_a_checkpoint_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     calls, replace = [], os.replace
     monkeypatch.setattr(os, 'fsync', lambda fd: calls.append(
         (os.readlink(f'/proc/self/fd/{fd}'), os.fstat(fd).st_size)))
@@ -35,6 +51,10 @@ def test_what_is_saved_is_loaded_and_on_disk_before_it_gets_its_name(tmp_path, m
     save(tmp_path / 'ckpt.pt', STATE)
     size = os.path.getsize(tmp_path / 'ckpt.pt')
     assert calls[:2] == [(f'{tmp_path}/ckpt.pt.tmp', size), 'renamed'] and calls[2][0] == str(tmp_path)
+
+
+def test_load_checkpoint_returns_what_was_saved(tmp_path):
+    save(tmp_path / 'ckpt.pt', STATE)
     loaded = load_checkpoint(tmp_path / 'ckpt.pt')
     assert torch.equal(loaded.pop('model')['w'], STATE['model']['w'])
     assert loaded == {key: value for key, value in STATE.items() if key != 'model'}
@@ -46,30 +66,11 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, room):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
     try:
-        with pytest.raises(UserError, match=r'write .*ckpt.pt \(File too large\): make room .* whole$'):
+        with pytest.raises(UserError, match=r'write .*ckpt.pt \(File too large\): free some space .* whole$'):
             save(tmp_path / 'ckpt.pt', STATE | {'iter': 8})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert os.listdir(tmp_path) == ['ckpt.pt'] and load_checkpoint(tmp_path / 'ckpt.pt')['iter'] == 7
-
-
-@pytest.mark.parametrize('restarts, there, resume, overwrite, goes_on', [
-    ('3', True, False, False, True), ('3', True, False, True, True), ('3', False, False, False, False),
-    ('0', True, False, True, False), ('0', True, True, False, True), ('0', True, False, False, None)])
-def test_what_torchrun_restarts_goes_on(tmp_path, monkeypatch, restarts, there, resume, overwrite, goes_on):
-    monkeypatch.setenv('TORCHELASTIC_MAX_RESTARTS', restarts)
-    if there:
-        save(tmp_path / 'ckpt.pt', STATE)
-    if goes_on is None:
-        with pytest.raises(SettingError, match='holds another run'):
-            RunFolder(tmp_path)
-    else:
-        assert RunFolder(tmp_path, resume, overwrite).resume == goes_on
-
-
-def test_a_bug_is_no_full_disk():
-    with pytest.raises(RuntimeError, match='a bug'), report_write_errors('ckpt.pt'):
-        raise RuntimeError('a bug')
 
 
 class Payload:
@@ -85,100 +86,267 @@ def test_a_pickle_payload_does_not_run(tmp_path, monkeypatch):
     assert os.listdir() == ['ckpt.pt']
 
 
-def truncated(data):
+def truncate(data):
     return data[:len(data) // 2]
 
 
-def flipped(data):
+def flip_a_bit(data):
     weights = data.index(STATE['model']['w'].numpy().tobytes())
     return data[:weights] + bytes([data[weights] ^ 4]) + data[weights + 1:]
 
 
-@pytest.mark.parametrize('harm', [truncated, flipped])
-def test_damage_is_named_and_so_is_what_else_there_is(tmp_path, harm):
+@pytest.mark.parametrize('damage', [truncate, flip_a_bit])
+def test_a_damaged_checkpoint_is_named_and_so_is_a_whole_one(tmp_path, damage):
     last, best = files = tmp_path / 'ckpt.pt', tmp_path / 'best.pt'
     for file in files:
         save(file, STATE)
     whole = last.read_bytes()
     for file, advice in (last, r'type cp .*best.pt .*ckpt.pt$'), (best, r'--ckpt last$'):
-        file.write_bytes(harm(whole))
+        file.write_bytes(damage(whole))
         with pytest.raises(UserError, match=rf'{file.name} is damaged.* is whole: .*{advice}'):
             load_checkpoint(file)
         file.write_bytes(whole)
     copy = tmp_path / 'copy.pt'
     for file in copy, best, last:
-        file.write_bytes(harm(whole))
-        if file != best:  # of a copy nobody knows what it was, and at last nothing is whole
+        file.write_bytes(damage(whole))
+        if file != best:  # nobody knows what the copy was, and in the end no file is whole
             with pytest.raises(UserError, match=rf'{file.name} is damaged[^;]*$'):
                 load_checkpoint(file)
 
 
-def test_what_is_no_checkpoint_of_ours_is_refused(tmp_path):
+def test_load_checkpoint_rejects_foreign_files(tmp_path):
     with pytest.raises(UserError, match='train first'):
         load_checkpoint(tmp_path / 'ckpt.pt')
-    without = [{key: value for key, value in STATE.items() if key != name} for name in STATE]
-    for other in *without, [1, 2], torch.zeros(3):
+    incomplete = [{key: value for key, value in STATE.items() if key != name} for name in STATE]
+    wrong = [STATE | {'iter': -1}, STATE | {'iter': '7'}, STATE | {'best_val_loss': math.nan},
+             STATE | {'optimizers': {}}]
+    for other in *incomplete, *wrong, [1, 2], torch.zeros(3):
         torch.save(other, tmp_path / 'ckpt.pt')
         with pytest.raises(UserError, match='not a checkpoint of this project'):
             load_checkpoint(tmp_path / 'ckpt.pt')
 
 
+# models
+
+
+@pytest.mark.parametrize('choices', [*CASES, {'tie_embeddings': False}, {'n_kv_head': 2, 'qk_norm': True}],
+                         ids=str)
+def test_parameter_shapes_are_those_of_the_model(choices):
+    model = GPT(GPTConfig(n_layer=2, n_head=4, n_embd=32, **choices))
+    expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    assert parameter_shapes(model.config) == expected
+
+
 @pytest.mark.parametrize('claim', [
     {'n_layer': 10**7}, {'n_embd': 10**6, 'n_head': 10}, {'vocab_size': 10**12}, {'block_size': 10**12},
-    {'block_size': 32.5}, {'n_layer': '2'}, {'n_layer': 3}, {'mlp_width': 10**9}, {'another': 1}])
+    {'block_size': 32.5}, {'n_layer': '2'}, {'n_layer': 3}, {'mlp_width': 10**9}, {'another': 1},
+    {'bias': 1}, {'norm': 3}, {'norm': ['rms']}])
 def test_a_config_that_claims_another_size_takes_no_memory(claim):
-    config = {'n_layer': 2, 'n_head': 2, 'n_embd': 8, 'vocab_size': 11}
-    weights, used = GPT(GPTConfig(**config)).state_dict(), partial(resource.getrusage, resource.RUSAGE_SELF)
-    before = used().ru_maxrss
-    with pytest.raises(UserError, match='make no model of ours'):
-        load_model({'config': config | claim, 'model': weights})
-    assert used().ru_maxrss - before < 100_000  # kilobytes
+    weights = GPT(GPTConfig(**SMALL)).state_dict()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match='do not make a model of this project'):
+        load_model({'config': SMALL | claim, 'model': weights})
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kilobytes
 
 
-def test_a_loaded_model_does_not_drop():
-    config = {'n_layer': 1, 'n_head': 2, 'n_embd': 8, 'vocab_size': 11, 'dropout': 0.5}
-    model = load_model({'config': config, 'model': GPT(GPTConfig(**config)).state_dict()})
-    idx = torch.arange(10)[None]
-    assert not model.training and torch.equal(model(idx), model(idx))
+@pytest.mark.parametrize('name, value, reason', [
+    ('norm.weight', None, 'norm.weight is missing'),
+    ('norm.weight', torch.zeros(9), r'norm.weight has the shape \[9\], but the config makes it \[8\]'),
+    ('norm.weight', torch.zeros(8, dtype=torch.int64), 'not a tensor of real numbers'),
+    ('norm.weight', [0.0] * 8, 'not a tensor of real numbers')])
+def test_check_size_names_the_weight_that_does_not_fit(name, value, reason):
+    model = GPT(GPTConfig(**SMALL))
+    weights = dict(model.state_dict())
+    if value is None:
+        del weights[name]
+    else:
+        weights[name] = value
+    with pytest.raises(ValueError, match=reason):
+        check_size(model.config, weights)
 
 
-def test_metrics_go_on_from_the_step_and_leave_out_bad_lines(tmp_path):
+def test_load_model_loads_every_weight_and_does_not_drop():
+    config = SMALL | {'dropout': 0.5}
+    original = GPT(GPTConfig(**config))
+    model = load_model({'config': config, 'model': original.state_dict()})
+    assert not model.training
+    for ours, theirs in zip(model.state_dict().items(), original.state_dict().items(), strict=True):
+        assert ours[0] == theirs[0] and torch.equal(ours[1], theirs[1])
+
+
+# the folder of a run
+
+
+def begin(folder, step=0, tokenizer=TOKENIZER):
+    folder.begin(STATE | {'iter': step}, tokenizer)
+    folder.lock.lock.release()  # the next one is of this process, too
+
+
+@pytest.mark.parametrize('restarts, has_checkpoint, resume, overwrite, resumes', [
+    ('3', True, False, False, True), ('3', True, False, True, True), ('3', False, False, False, False),
+    ('0', True, False, True, False), ('0', True, True, False, True)])
+def test_a_run_that_torchrun_restarts_is_resumed(tmp_path, monkeypatch, restarts, has_checkpoint, resume,
+                                                 overwrite, resumes):
+    monkeypatch.setenv('TORCHELASTIC_MAX_RESTARTS', restarts)
+    if has_checkpoint:
+        save(tmp_path / 'ckpt.pt', STATE)
+    assert RunFolder(tmp_path, resume, overwrite).resume == resumes
+
+
+@pytest.mark.parametrize('name', ['ckpt.pt', 'best.pt', 'metrics.jsonl'])
+def test_a_folder_that_holds_another_run_is_refused(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(SettingError, match='holds another run'):
+        RunFolder(tmp_path)
+
+
+def test_records_of_a_resumed_run_end_before_its_step_and_skip_bad_lines(tmp_path):
     lines = ['{"iter": 0, "loss": 1}', 'no line', '[1]', '{"loss": 3}', '{"iter": 1, "loss": 2}',
              '{"iter": 0, "loss": "high"}', '{"iter": 0, "loss": NaN}', '{"iter": 0, "loss": null}',
              '{"iter": 0, "loss": 1' + 400 * '0' + '}', '{"iter": 0, "story": 5}', '[' * 9**5, '{"iter": 2}',
              '{"it']
     (tmp_path / 'metrics.jsonl').write_bytes('\n'.join(lines).encode() + b'\xe9')
     folder = RunFolder(tmp_path, resume=True)
-    folder.begin(STATE | {'iter': 2})
+    begin(folder, step=2)
     assert (tmp_path / 'metrics.jsonl').read_text() == '{"iter": 0, "loss": 1}\n{"iter": 1, "loss": 2}\n'
     folder.record(iter=2, loss=0.5)
-    assert folder.records() == [{'iter': it, 'loss': loss} for it, loss in enumerate((1, 2, 0.5))]
-    assert {*os.listdir(tmp_path)} == {'.lock', 'metrics.jsonl'}  # there is a checkpoint
+    assert folder.records() == [{'iter': step, 'loss': loss} for step, loss in enumerate((1, 2, 0.5))]
+    assert {*os.listdir(tmp_path)} == {'.lock', 'metrics.jsonl', 'tokenizer.json'}  # no new checkpoint
 
 
-def test_the_best_is_saved_before_the_last_that_says_how_good_it_was(tmp_path, monkeypatch):
-    """Killed between the two, a run goes on from the one before and finds that best again."""
-    saved, store, replace = [], torch.save, os.replace
+def test_the_best_checkpoint_is_saved_before_the_last_which_says_how_good_it_was(tmp_path, monkeypatch):
+    """A run that is killed between the two resumes from the step before and finds that best again."""
+    saved, torch_save, replace = [], torch.save, os.replace
     monkeypatch.setattr(os, 'replace', lambda old, new: (saved.append(new.name), replace(old, new)))
-    monkeypatch.setattr(torch, 'save', lambda *args: (saved.append('torch.save'), store(*args)))
+    monkeypatch.setattr(torch, 'save', lambda *args: (saved.append('torch.save'), torch_save(*args)))
     folder = RunFolder(tmp_path)
-    folder.save(STATE, best=True)
+    folder.save(STATE, is_best=True)
     assert (tmp_path / 'best.pt').read_bytes() == (tmp_path / 'ckpt.pt').read_bytes()
-    folder.save(STATE)
-    assert saved == ['torch.save', 'best.pt', 'ckpt.pt', 'torch.save', 'ckpt.pt']
+    folder.save(STATE, keep=True)
+    assert saved == ['torch.save', 'best.pt', 'ckpt.pt', 'torch.save', 'ckpt_7.pt', 'ckpt.pt']
 
 
-def test_a_new_run_takes_the_place_of_an_old_one_when_it_is_saved(tmp_path, monkeypatch):
-    old = {'ckpt.pt': b'old', 'best.pt': b'old', 'loss.png': b'old', 'metrics.jsonl': b'{"iter": 0}\n'}
+def test_a_new_run_replaces_an_old_one_only_when_it_is_saved(tmp_path, monkeypatch):
+    old = {'ckpt.pt': b'old', 'best.pt': b'old', 'loss.png': b'old', 'metrics.jsonl': b'{"iter": 0}\n',
+           'ckpt_5.pt': b'old', 'tokenizer.model': b'old', 'tokenizer.json': b'old'}
     for name, data in old.items():
         (tmp_path / name).write_bytes(data)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    folder = RunFolder(tmp_path, overwrite=True)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(checkpoint, 'write_atomically', lambda *_: exec('raise KeyboardInterrupt'))
-        RunFolder(tmp_path, overwrite=True).begin(STATE)
+        patch.setattr(checkpoint, 'write_atomically', interrupt)
+        begin(folder)
+    folder.lock.lock.release()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != '.lock'} == old
-    (tmp_path / 'best.pt.tmp').write_bytes(b'half')  # of a killed save
-    RunFolder(tmp_path, overwrite=True).begin(STATE | {'iter': 0})
-    RunFolder(tmp_path / 'new' / 'folder').begin(STATE)
-    assert sorted(os.listdir(tmp_path)) == ['.lock', 'ckpt.pt', 'metrics.jsonl', 'new']
+    (tmp_path / 'best.pt.tmp').write_bytes(b'half')  # left by a save that was killed
+    begin(RunFolder(tmp_path, overwrite=True))
+    assert sorted(os.listdir(tmp_path)) == ['.lock', 'ckpt.pt', 'metrics.jsonl', 'tokenizer.json']
     assert load_checkpoint(tmp_path / 'ckpt.pt')['iter'] == 0
+    assert (tmp_path / 'tokenizer.json').read_bytes() == TOKENIZER.files['tokenizer.json']
     assert json.loads(f"[{(tmp_path / 'metrics.jsonl').read_text()}]") == []
+
+
+def test_a_run_makes_its_folder(tmp_path):
+    begin(RunFolder(tmp_path / 'new' / 'folder'))
+    assert {*os.listdir(tmp_path / 'new' / 'folder')} == {'.lock', 'ckpt.pt', 'tokenizer.json'}
+
+
+@pytest.mark.parametrize('resume', [False, True])
+def test_a_tokenizer_that_is_not_the_runs_is_not_replaced(tmp_path, resume):
+    (tmp_path / 'tokenizer.json').write_text('{"of": "somebody else"}')
+    with pytest.raises(UserError, match=r'tokenizer.json is not the tokenizer of this run: name another'):
+        begin(RunFolder(tmp_path, resume))
+    assert (tmp_path / 'tokenizer.json').read_text() == '{"of": "somebody else"}'
+    assert not (tmp_path / 'ckpt.pt').exists()
+
+
+# the state of a run
+
+
+def make_run(path, **changes):
+    torch.manual_seed(1)
+    model = GPT(GPTConfig(**SMALL))
+    optimizers = make_optimizers(model, 'muon', 0.0, 0.1, (0.9, 0.95))
+    scaler = torch.amp.GradScaler('cpu', init_scale=512.0)
+    meta = {'encoding': 'char', 'vocab_size': 11, 'splits': {
+        split: {'shards': [{'sha256': split}]} for split in ('train', 'val')}}
+    run = Run(RunFolder(path, resume=True), model, optimizers, scaler, TOKENIZER, meta, {'seed': 1})
+    for name, value in changes.items():
+        setattr(run, name, value)
+    return run
+
+
+def train_one_step(run):
+    run.model(torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.long)).backward()
+    for optimizer in run.optimizers:
+        optimizer.step()
+
+
+def test_a_restored_run_has_the_whole_state(tmp_path):
+    run = make_run(tmp_path, step=9, best_val_loss=1.5, best_step=6)
+    train_one_step(run)
+    run.save(is_best=True)
+    other = make_run(tmp_path)
+    other.optimizers[1].param_groups[0]['weight_decay'] = 0.7  # given now
+    other.restore(load_checkpoint(tmp_path / 'best.pt'))
+    assert (other.step, other.best_val_loss, other.best_step) == (9, 1.5, 6)
+    assert other.scaler.get_scale() == 512.0
+    assert other.optimizers[1].param_groups[0]['weight_decay'] == 0.7
+    for ours, theirs in zip(other.model.parameters(), run.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    for ours, theirs in zip(other.optimizers, run.optimizers, strict=True):
+        torch.testing.assert_close(ours.state_dict()['state'], theirs.state_dict()['state'], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('change', [
+    {'optimizers': []}, {'optimizers': [1, 2]}, {'optimizers': [{'state': {0: {'momentum_buffer': 5}}}, {}]},
+    {'optimizers': [{'state': {0: {'momentum_buffer': torch.zeros(3)}}}, {}]}, {'model': {}},
+    {'scaler': {'scale': 1.0}}])
+def test_a_state_that_does_not_fit_is_one_line(tmp_path, change):
+    run = make_run(tmp_path)
+    with pytest.raises(UserError, match='is damaged or not what it should be'):
+        run.restore(run.checkpoint() | change)
+
+
+def test_only_rank_0_saves(tmp_path, monkeypatch):
+    run = make_run(tmp_path)
+    monkeypatch.setenv('RANK', '1')
+    run.save()
+    assert os.listdir(tmp_path) == []
+
+
+def test_update_best_keeps_the_lowest_loss(tmp_path):
+    run = make_run(tmp_path)
+    found = []
+    for run.step, val_loss in enumerate((3.0, 2.0, 2.0, 2.5, 1.0)):
+        found.append(run.update_best(val_loss))
+    assert found == [True, True, False, False, True]
+    assert (run.best_val_loss, run.best_step) == (1.0, 4)
+
+
+def test_patience_counts_evaluations_since_the_best(tmp_path):
+    run = make_run(tmp_path, best_step=10)
+    for run.step, expected in (10, False), (24, False), (25, True), (30, True):
+        assert run.out_of_patience(3, eval_every=5) == expected
+    assert not run.out_of_patience(0, eval_every=5)
+
+
+@pytest.mark.parametrize('value', [math.nan, math.inf])
+def test_a_run_that_diverged_saves_nothing_and_names_the_way_back(tmp_path, value):
+    run = make_run(tmp_path, step=7)
+    with pytest.raises(DivergedError, match=r'^step 7: the validation loss is .*, before anything was saved'):
+        run.update_best(value)
+    (tmp_path / 'best.pt').touch()
+    with torch.no_grad():
+        run.model.norm.weight[2] = value
+    with pytest.raises(DivergedError) as error:
+        run.save()
+    best, last = tmp_path / 'best.pt', tmp_path / 'ckpt.pt'
+    assert str(error.value) == (
+        f'step 7: some weights are not finite. {best} is good: resume from it with a lower '
+        f'learning rate (or, in float16, with --dtype float32): cp {best} {last} && python train.py '
+        f'--init_from resume --out_dir {tmp_path} --learning_rate 0.001')
+    assert os.listdir(tmp_path) == ['best.pt']

@@ -1,13 +1,33 @@
-"""Where to compute and how precisely, on machines that are not here."""
+"""Where to compute and how precisely, on machines that are not here; CPU memory and threads."""
 
+import contextlib
 import re
+import subprocess
+import sys
 import warnings
+from functools import partial
 
 import pytest
 import torch
 
 from configurator import SettingError
-from core.device import DTYPES, autocast, choose_device, choose_dtype, peak_flops
+from core import device
+from core.device import (
+    DTYPES,
+    autocast,
+    choose_device,
+    choose_dtype,
+    choose_threads,
+    describe_hardware,
+    free_memory,
+    peak_flops,
+    try_compile,
+)
+from core.evaluate import count_loss
+from tests.helpers.models import small_model
+from tests.helpers.scripts import ROOT
+
+needs_linux = pytest.mark.skipif(sys.platform != 'linux', reason='only Linux has /proc')
 
 
 def test_each_rank_has_its_own_gpu(monkeypatch):
@@ -21,23 +41,33 @@ def test_each_rank_has_its_own_gpu(monkeypatch):
     assert current == [0, 1, 2, 3, 2, 1]
     with pytest.raises(SettingError, match='has 4 CUDA devices'):
         choose_device('cuda', 4)
-    assert choose_device('cpu', 2) == torch.device('cpu')
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
-    assert [choose_device('auto', 0, ranks).type for ranks in (1, 2)] == ['mps', 'cpu']
-    with pytest.raises(SettingError, match=r'device mps: .* use --device cpu'):
-        choose_device('mps', 0, 2)
     with pytest.raises(SettingError, match='2 processes need a GPU each; use --device cuda'):
         choose_device('cuda:1', 1, 2)
+    assert choose_device('cpu', 2) == torch.device('cpu')
 
 
-def test_a_driver_that_is_too_old_is_told_of_once(monkeypatch, capsys):
+def test_several_ranks_cannot_use_mps(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
+    assert choose_device('auto', 0, 1).type == 'mps'
+    assert choose_device('auto', 0, 2).type == 'cpu'
+    with pytest.raises(SettingError, match=r'device mps: .* use --device cpu'):
+        choose_device('mps', 0, 2)
+
+
+@pytest.mark.parametrize('name', ['gpu', 'cuda:', 'cuda:x', 'CPU', ''])
+def test_unknown_devices_are_refused(name):
+    with pytest.raises(SettingError, match='type auto, cpu, cuda, cuda:N or mps'):
+        choose_device(name)
+
+
+def test_a_driver_that_is_too_old_is_reported_once(monkeypatch, capsys):
     def unavailable():
         warnings.warn('CUDA initialization: The driver is too old (found version 11040). See', stacklevel=1)
 
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: False)
     for available, line in (unavailable, r'no GPU: .* too old \(found version 11040\), .*pytorch.org.*\n'), (
-            lambda: False, ''):  # a machine without any is no news
+            lambda: False, ''):  # a machine without a GPU is no news
         monkeypatch.setattr(torch.cuda, 'is_available', available)
         assert [choose_device('auto', rank) for rank in (0, 1)] == 2 * [torch.device('cpu')]
         assert re.fullmatch(line, capsys.readouterr().err)
@@ -47,7 +77,7 @@ def test_a_driver_that_is_too_old_is_told_of_once(monkeypatch, capsys):
     ('cuda', (7, 5), True, True, torch.float16), ('cuda', (8, 0), False, False, torch.bfloat16),
     ('cuda', (9, 0), False, False, torch.bfloat16), ('cpu', (9, 0), False, False, torch.float32),
     ('cpu', (7, 5), True, False, torch.bfloat16), ('cpu', (7, 5), False, True, torch.bfloat16)])
-def test_bfloat16_where_the_hardware_multiplies_it(monkeypatch, kind, capability, avx512, amx, expected):
+def test_auto_is_bfloat16_if_the_hardware_multiplies_it(monkeypatch, kind, capability, avx512, amx, expected):
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda _: capability)
     monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: avx512)
     monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: amx)
@@ -67,6 +97,120 @@ def test_autocast_multiplies_in_its_dtype(dtype):
     ('NVIDIA A10', 125e12), ('NVIDIA A10G', 0), ('Tesla T4', 65e12), ('NVIDIA T400 4GB', 0),
     ('Tesla V100-SXM2-16GB', 125e12), ('NVIDIA B200', 2250e12), ('NVIDIA GeForce RTX 5090', 210e12),
     ('NVIDIA GeForce RTX 4090', 165e12), ('NVIDIA GeForce RTX 4090 Laptop GPU', 0)])
-def test_the_peak_of_a_gpu_is_that_of_its_name(monkeypatch, name, peak):
+def test_the_peak_of_a_gpu_is_found_by_its_whole_name(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda _: name)
-    assert peak_flops(torch.device('cuda', 0)) == peak and peak_flops(torch.device('cpu')) == 0
+    assert peak_flops(torch.device('cuda', 0)) == peak
+    assert peak_flops(torch.device('cpu')) == 0
+
+
+def test_describe_hardware_names_the_device_the_threads_and_the_dtype():
+    text = describe_hardware(torch.device('cpu'), torch.bfloat16, 2)
+    assert text.startswith('2 x cpu (')
+    assert f'threads: {torch.get_num_threads()}) in bfloat16, torch {torch.__version__}' in text
+
+
+# torch.compile
+
+
+@pytest.mark.parametrize('failing', ['the model', 'its score'])
+def test_a_failed_compilation_is_reported_once_and_changes_nothing(monkeypatch, capsys, failing):
+    model = small_model()
+    model.train()
+    score = partial(count_loss, model)
+    batch = torch.ones(2, 2, 4, dtype=torch.long)
+
+    def fail(*_):
+        raise error
+
+    def compile(function):
+        return fail if (function is model) == (failing == 'the model') else function
+
+    monkeypatch.setattr(torch, 'compile', compile)
+    error = ValueError('no compiler')
+    for rank, line in ('0', 'torch.compile failed (ValueError); continuing without it\n'), ('1', ''):
+        monkeypatch.setenv('RANK', rank)
+        assert try_compile(model, score, *batch, contextlib.nullcontext()) is None
+        assert model.training and all(p.grad is None for p in model.parameters())
+        assert capsys.readouterr().err == line
+    error = torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB')
+    with pytest.raises(torch.OutOfMemoryError):  # eager mode would need even more
+        try_compile(model, score, *batch, contextlib.nullcontext())
+
+
+def test_what_is_compiled_computes_the_same(monkeypatch):
+    compile = partial(torch.compile, backend='aot_eager', fullgraph=True)
+    monkeypatch.setattr(torch, 'compile', compile)
+    model = small_model()
+    x, y = torch.randint(0, 23, (2, 2, 8))
+    train_model, score = try_compile(model, partial(count_loss, model), x, y, contextlib.nullcontext())
+    torch.testing.assert_close(train_model(x, y), model(x, y))
+    torch.testing.assert_close(score(x, y), count_loss(model, x, y))
+    assert model.training and all(p.grad is None for p in model.parameters())
+
+
+# memory
+
+
+@needs_linux
+@pytest.mark.parametrize('limit, refused', [('max\n', False), (f'{10**9}\n', True)])
+def test_more_memory_than_a_container_has_is_refused_at_once(tmp_path, limit, refused):
+    """What is asked for is never touched, so the machine need not have it."""
+    (tmp_path / 'memory.max').write_text(limit)
+    code = f"""import mmap
+from core import device
+device.CGROUP_LIMITS = {str(tmp_path / 'memory.max')!r}, 'none'
+device.limit_memory()
+try:
+    mmap.mmap(-1, {2 * 10**9}, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    print('granted')
+except OSError:
+    print('refused')
+"""
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == ('refused\n' if refused else 'granted\n')
+
+
+@needs_linux
+def test_free_memory_is_the_smaller_of_machine_and_container(tmp_path, monkeypatch):
+    limit = tmp_path / 'memory.max'
+    monkeypatch.setattr(device, 'CGROUP_LIMITS', (str(limit), str(tmp_path / 'none')))
+    machine = free_memory()
+    limit.write_text('12345678\n')
+    assert free_memory() == 12345678 < machine
+    limit.write_text(f'{2**62}\n')
+    assert free_memory() == pytest.approx(machine, rel=0.2)
+
+
+# threads
+
+
+@pytest.mark.parametrize('busy, threads', [
+    (0.0, 4), (0.2, 4), (0.3, 3), (1.2, 3), (2.0, 2), (4.0, 1), (9.0, 1)])
+def test_torch_gets_the_cores_that_others_leave_idle(monkeypatch, busy, threads):
+    """busy: how many of four cores other processes use."""
+    now = [100.0]
+    asked = []
+    monkeypatch.setattr(sys, 'platform', 'linux')
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    monkeypatch.setattr('core.device.time.monotonic', lambda: now[0])
+    monkeypatch.setattr('core.device.time.sleep', lambda seconds: now.append(now.pop() + seconds))
+    monkeypatch.setattr(device, 'cpu_seconds', lambda: busy * now[0])
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 4)
+    monkeypatch.setattr(torch, 'set_num_threads', asked.append)
+    choose_threads()
+    assert asked == [threads]
+    for variable, platform in ('3', 'linux'), (None, 'darwin'):  # not ours to choose
+        monkeypatch.setattr(sys, 'platform', platform)
+        if variable:
+            monkeypatch.setenv('OMP_NUM_THREADS', variable)
+        else:
+            monkeypatch.delenv('OMP_NUM_THREADS')
+        choose_threads()
+    assert asked == [threads]
+
+
+@needs_linux
+def test_cpu_seconds_counts_what_a_busy_process_uses():
+    before = device.cpu_seconds()
+    subprocess.run([sys.executable, '-c', 'import time\nwhile time.process_time() < 0.5: pass'], check=True)
+    assert device.cpu_seconds() - before > 0.4

@@ -1,14 +1,8 @@
-"""Several ranks on one machine: the same batches and losses, saving and going on, and what ends a run."""
+"""Ranks, signals and lost ranks, without starting several processes."""
 
-import json
 import os
-import re
-import shutil
 import signal
-import subprocess
-import sys
-from collections import Counter
-from pathlib import Path
+import time
 
 import pytest
 import torch
@@ -16,108 +10,79 @@ import torch.distributed as dist
 
 from configurator import UserError
 from core import distributed
-from core.checkpoint import load_checkpoint
-from core.distributed import join_ranks, lost_ranks_told, resume_command
-from tests.helpers.scripts import ROOT, SETTINGS, metrics, on_ranks
-
-PROFILED = """
-import json, runpy, torch
-with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-    runpy.run_path('train.py', run_name='__main__')
-print(json.dumps({event.key: event.count for event in profile.key_averages() if 'gloo:' in event.key}))
-"""
+from core.checkpoint import resume_command
+from core.distributed import Ranks, StopSignals, get_ranks, join_ranks, mean_over_ranks, report_lost_ranks
 
 
-def torchrun(*words, restarts=0):
-    """train.py on two ranks as a user types it, in a process group of its own; returns the Popen."""
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
-               f'--max-restarts={restarts}', 'train.py', *SETTINGS, '--max_iters=100000', *words]
-    # without the second, restarted ranks look for each other where the dead ones were
-    around = {'OMP_NUM_THREADS': '1', 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE': '1'}
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            start_new_session=True, env=os.environ | around)
+def test_ranks_come_from_the_environment(monkeypatch):
+    for name in 'RANK', 'LOCAL_RANK', 'WORLD_SIZE':
+        monkeypatch.delenv(name, raising=False)
+    assert get_ranks() == Ranks(rank=0, local_rank=0, world_size=1)
+    for name, value in ('RANK', '5'), ('LOCAL_RANK', '1'), ('WORLD_SIZE', '8'):
+        monkeypatch.setenv(name, value)
+    assert get_ranks() == Ranks(rank=5, local_rank=1, world_size=8)
 
 
-def kill_rank(process, rank):
-    found = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
-    pid, = [int(pid) for pid in found
-            if b'\0RANK=%d\0' % rank in Path('/proc', pid, 'environ').read_bytes()]
-    os.kill(pid, signal.SIGKILL)
+def test_mean_over_ranks_divides_the_sum(monkeypatch):
+    assert mean_over_ranks(torch.tensor(1.5), 2, True) == [1.5, 2.0, 1.0]  # one rank
+    monkeypatch.setattr(dist, 'is_initialized', lambda: True)
+    monkeypatch.setattr(dist, 'get_world_size', lambda: 4)
+    monkeypatch.setattr(dist, 'all_reduce', lambda tensor: tensor.add_(torch.tensor([6.0, 0.0])))
+    assert mean_over_ranks(torch.tensor(2.0), False) == [2.0, 0.0]
 
 
-@pytest.fixture(scope='module')
-def runs(data, tmp_path_factory):
-    """A folder with runs out-1, out-2 and out-4 on as many ranks."""
-    folder = tmp_path_factory.mktemp('ranks')
-    words = [*SETTINGS, f'--dataset={data}', '--max_iters=50', '--eval_interval=25', '--optimizer=adamw']
-    # of 2 ranks each has 2 micro-batches of a step, of 4 a part of one
-    for ranks, *more in (1,), (2, '--batch_size=2', '--gradient_accumulation_steps=4'), (4,):
-        on_ranks(ranks, *words, *more, f'--out_dir={folder}/out-{ranks}')
-    return folder
+@pytest.fixture
+def handlers():
+    """Put the handlers of signals back after the test."""
+    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        signal.signal(number, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
-def assert_same_losses(one, other):
-    """1e-4 between training losses, 1e-5 between validation losses: only the order of additions differs."""
-    assert [line['iter'] for line in one] == [line['iter'] for line in other]
-    for ours, theirs in zip(one, other, strict=True):
-        for key, near in ('loss', 1e-4), ('grad_norm', 1e-2), ('val_loss', 1e-5):
-            assert ours.get(key, 0) == pytest.approx(theirs.get(key, 0), rel=near), (key, ours, theirs)
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_asks_to_stop(handlers, number):
+    stop = StopSignals()
+    assert not stop.requested()
+    os.kill(os.getpid(), number)
+    assert stop.requested() and stop.exit_status() == 128 + number
 
 
-@pytest.mark.parametrize('ranks', [2, 4])
-def test_any_number_of_ranks_has_the_same_losses(runs, ranks):
-    one = metrics(runs / 'out-1')
-    assert len(one) == 53
-    assert_same_losses(one, metrics(runs / f'out-{ranks}'))
+def test_a_rank_that_got_no_signal_ends_as_if_by_sigterm(handlers):
+    assert StopSignals().exit_status() == 128 + signal.SIGTERM
 
 
-def test_a_run_goes_on_with_another_number_of_ranks(runs, tmp_path):
-    ended = []
-    for saved_by, goes_on in (2, 1), (1, 2):
-        out = tmp_path / f'out-{saved_by}'
-        shutil.copytree(runs / out.name, out)
-        on_ranks(goes_on, '--init_from=resume', '--max_iters=60', f'--out_dir={out}')
-        ended.append(metrics(out))
-    assert ended[0][-1]['iter'] == 60
-    assert_same_losses(*ended)
+def test_an_ignored_signal_stays_ignored(handlers):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+    stop = StopSignals()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert not stop.requested()
 
 
-def test_ctrl_c_saves_and_names_the_command(data, tmp_path):
-    """The terminal tells torchrun and the ranks, torchrun the ranks once more: still one Ctrl-C."""
-    process = torchrun(f'--dataset={data}', f'--out_dir={tmp_path}/out')
-    assert any('step 5/' in line for line in process.stdout)
-    os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    (step, command), = re.findall(r'stopped at step (\d+) and saved; go on with: (.*)', err)
-    assert load_checkpoint(tmp_path / 'out' / 'ckpt.pt')['iter'] == int(step) > 5
-    assert command == ('torchrun --standalone --nproc_per_node=2 train.py --init_from resume '
-                       f'--out_dir {tmp_path}/out')
+def test_a_second_ctrl_c_stops_at_once(handlers, monkeypatch):
+    monkeypatch.delenv('TORCHELASTIC_RUN_ID', raising=False)
+    stop = StopSignals()
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)  # only Ctrl-C is impatient
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    assert stop.exit_status() == 128 + signal.SIGTERM
 
 
-def test_a_rank_that_dies_takes_the_run_down(data, tmp_path):
-    """Rank 0, the one that saves."""
-    process = torchrun(f'--dataset={data}', f'--out_dir={tmp_path}/out', '--eval_interval=5')
-    assert any('step 8/' in line for line in process.stdout)
-    kill_rank(process, 0)
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == 1, err
-    assert 'does not reach the others' in err and '--init_from resume' in err
-    assert 'RuntimeError' not in err
-    assert load_checkpoint(tmp_path / 'out' / 'ckpt.pt')['iter'] >= 5
-
-
-def test_torchrun_restarts_a_run_from_its_last_checkpoint(data, tmp_path):
-    process = torchrun(f'--dataset={data}', f'--out_dir={tmp_path}/out', '--eval_interval=5', restarts=1)
-    assert any('step 8/' in line for line in process.stdout)
-    kill_rank(process, 1)
-    assert any('parameters on 2 cpu' in line for line in process.stdout)  # once more
-    first = next(line for line in process.stdout if re.match(r'step \d+/', line))
-    os.killpg(process.pid, signal.SIGINT)
-    process.communicate(timeout=60)
-    step = int(first.removeprefix('step ').split('/')[0])
-    assert step >= 5 and step % 5 == 0
-    losses = [line['iter'] for line in metrics(tmp_path / 'out') if 'loss' in line]
-    assert losses == list(range(len(losses))) and len(losses) > step
+def test_torchrun_forwards_a_ctrl_c_that_has_arrived_already(handlers, monkeypatch):
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'x')
+    stop, now = StopSignals(), [50.0]
+    monkeypatch.setattr(time, 'monotonic', lambda: now[0])
+    os.kill(os.getpid(), signal.SIGINT)
+    now[0] += 0.9
+    os.kill(os.getpid(), signal.SIGINT)  # the echo
+    now[0] += 0.2
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    assert stop.requested()
 
 
 @pytest.mark.parametrize('end, said', [
@@ -130,7 +95,7 @@ def test_every_end_leaves_the_group_and_a_failed_exchange_is_one_line(monkeypatc
     monkeypatch.setattr(dist, 'is_initialized', lambda: True)
     monkeypatch.setattr(dist, 'destroy_process_group', lambda: left.append(True))
     try:
-        with lost_ranks_told('out'):
+        with report_lost_ranks('RESUME'):
             if end:
                 raise end
     except BaseException as raised:
@@ -149,17 +114,6 @@ def test_how_ranks_join(monkeypatch, name, options):
     assert join_ranks('model', torch.device(name)) == {
         'broadcast_buffers': False, 'gradient_as_bucket_view': True}
     assert joined == [options]
-
-
-def test_a_step_has_five_exchanges(data, tmp_path):
-    """Whatever the number of micro-batches: one of the gradients, one of Muon's steps for each of the three
-    shapes of matrices, and one of the figures."""
-    (tmp_path / 'profiled.py').write_text(PROFILED)
-    counted = [Counter(json.loads(on_ranks(
-        2, *SETTINGS, f'--dataset={data}', f'--out_dir={tmp_path}/{steps}', f'--max_iters={steps}',
-        '--gradient_accumulation_steps=4', program=tmp_path / 'profiled.py').splitlines()[-1]))
-        for steps in (2, 6)]
-    assert counted[1] - counted[0] == {'gloo:all_reduce': 8, 'gloo:all_gather': 12}
 
 
 def test_on_several_machines_the_command_leaves_their_options_out(monkeypatch):

@@ -1,4 +1,4 @@
-"""What a run shows and keeps of its way."""
+"""What a run shows and records."""
 
 import io
 import json
@@ -9,47 +9,60 @@ import types
 import matplotlib.figure
 import numpy as np
 import pytest
-import torch
 
-from configurator import UserError
+from configurator import SettingError, UserError
 from core.checkpoint import RunFolder
-from core.progress import Progress, hardware, run_facts, smoothed
+from core.progress import NoProgress, Progress, check_tracker, plot_metrics, read_run_facts, smooth
+from data.tokenizer import CharTokenizer
 
 SETTINGS = {'log_interval': 2, 'track': '', 'seed': 5}
-ROW = {'loss': 2.0, 'lr': 0.01, 'grad_norm': 1.0}
+FIGURES = {'loss': 2.0, 'lr': 0.01, 'grad_norm': 1.0}
 
 
 @pytest.fixture
 def begin(tmp_path):
-    """begin(it, **settings): the Progress of a run of 10 steps of 64 tokens that begins there or goes on."""
-    def make(it=0, **settings):
-        folder = RunFolder(tmp_path / 'out', resume=it > 0, overwrite=it == 0)
-        folder.begin({'iter': it})
-        return Progress(folder, it, 10, 64, 6400.0, 'a machine', SETTINGS | settings)
+    """begin(step, **settings) starts or resumes a run of 10 steps of 64 tokens and returns its Progress."""
+    def make(step=0, **settings):
+        folder = RunFolder(tmp_path / 'out', resume=step > 0, overwrite=step == 0)
+        folder.begin({'iter': step}, CharTokenizer.train(['a']))
+        folder.lock.lock.release()  # the next one is of this process, too
+        return Progress(folder, step, 10, 64, 6400.0, 'a machine', SETTINGS | settings)
     return make
 
 
-def records(tmp_path, name='metrics.jsonl'):
-    return [*map(json.loads, (tmp_path / 'out' / name).read_text().splitlines())]
+@pytest.fixture
+def no_picture(monkeypatch):
+    monkeypatch.setattr(Progress, 'draw', lambda _: None)
 
 
-def test_lines_have_the_speed_since_the_last_and_the_time_left(begin, tmp_path, capsys):
+def read_lines(tmp_path, name='metrics.jsonl'):
+    return [json.loads(line) for line in (tmp_path / 'out' / name).read_text().splitlines()]
+
+
+def test_log_lines_have_the_speed_since_the_last_line_and_the_time_left(begin, tmp_path, capsys):
     progress = begin()
-    for it, seconds in enumerate((0.5, 0.75, 1.0)):
-        progress.step(it, seconds, it, **ROW)
-    progress.keep(3, 1.5, val_part_loss=2.5)
+    progress.log_step(0, 0.5, **FIGURES)
+    progress.log_step(1, 0.25, **FIGURES | {'grad_norm': float('inf')})
+    progress.log_step(2, 0.25, **FIGURES | {'grad_norm': float('nan')})
     assert capsys.readouterr().out.splitlines() == [
         'step 0/10: loss 2.0000, lr 1.00e-02, grad norm 1.00, 128 tokens/s, 00:04 left, MFU 2.0%',
-        'step 2/10: loss 2.0000, lr 1.00e-02, grad norm 1.00, 256 tokens/s, 00:02 left, MFU 4.0%, '
+        'step 2/10: loss 2.0000, lr 1.00e-02, grad norm nan, 256 tokens/s, 00:02 left, MFU 4.0%, '
         '2 steps skipped']
-    assert records(tmp_path) == [
-        {'iter': 0, **ROW, 'tokens_per_s': 128.0, 'seconds': 0.5},
-        {'iter': 2, **ROW, 'tokens_per_s': 256.0, 'seconds': 1.0},
-        {'iter': 3, 'val_part_loss': 2.5, 'seconds': 1.5}]
-    progress = begin(it=3)  # killed there: seconds go on, and so does its speed, from this start
-    progress.step(4, 0.5, 0, **ROW)
-    assert [line['seconds'] for line in records(tmp_path)] == [0.5, 1.0, 1.5]
-    assert records(tmp_path)[-1]['tokens_per_s'] == 2 * 64 / 0.5
+    assert read_lines(tmp_path) == [
+        {'iter': 0, **FIGURES, 'tokens_per_s': 128.0, 'seconds': 0.5},
+        {'iter': 2, 'loss': 2.0, 'lr': 0.01, 'tokens_per_s': 256.0, 'seconds': 1.0}]  # JSON has no nan
+
+
+def test_a_resumed_run_continues_its_seconds_and_measures_its_own_speed(begin, tmp_path, capsys):
+    progress = begin()
+    for step in range(3):
+        progress.log_step(step, 0.5, **FIGURES)
+    progress = begin(step=3)
+    progress.log_step(3, 0.25, **FIGURES)
+    progress.log_step(4, 0.25, **FIGURES)
+    assert [line['seconds'] for line in read_lines(tmp_path)] == [0.5, 1.5, 2.0]
+    assert read_lines(tmp_path)[-1]['tokens_per_s'] == 2 * 64 / 0.5
+    assert '00:01 left' in capsys.readouterr().out.splitlines()[-1]  # 5 steps of 0.25 s
 
 
 class Terminal(io.StringIO):
@@ -57,76 +70,101 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_on_a_terminal_one_line_renews_itself(begin, monkeypatch):
+def test_a_terminal_shows_a_bar_instead_of_log_lines(begin, monkeypatch, no_picture):
     monkeypatch.setattr(sys, 'stdout', terminal := Terminal())
-    monkeypatch.setattr(Progress, 'plot', lambda _: None)
     progress = begin()
     progress.bar.mininterval = 0
-    for it in range(4):
-        progress.step(it, (it + 1) / 2, 0, **ROW)
-    progress.evaluated(4, 2.0, {'val_loss': 1.5}, 'Once', 'Once upon\na time.')
+    for step in range(4):
+        progress.log_step(step, 0.5, **FIGURES)
+    progress.log_evaluation(4, {'val_loss': 1.5}, 'Once', 'Once upon\na time.')
     progress.close()
     drawn = terminal.getvalue().split('\r')
     assert any(text.startswith('4/10 ') and text.rstrip().endswith(
         'loss 2.0000, 128 tokens/s, 00:03 left, MFU 2.0%') for text in drawn)
-    assert 'step 2/10' not in terminal.getvalue()  # no plain line
+    assert 'step 2/10' not in terminal.getvalue()
     assert 'step 4: val_loss 1.5000\n' in drawn and '    Once upon\n    a time.\n' in drawn
-    assert not drawn[-1].strip() and not drawn[-2].strip()  # it has gone
+    assert not drawn[-1].strip() and not drawn[-2].strip()  # the bar is removed
 
 
-def test_each_evaluation_adds_a_story(begin, tmp_path, monkeypatch):
-    monkeypatch.setattr(Progress, 'plot', lambda _: None)
+def test_control_characters_of_a_story_do_not_reach_the_terminal(begin, capsys, no_picture):
+    begin().log_evaluation(0, {'val_loss': 1.0}, '', 'Once\x1b[2J')
+    assert '\x1b' not in capsys.readouterr().out
+
+
+def test_each_evaluation_adds_a_story(begin, tmp_path, no_picture):
     progress = begin()
-    for it in 0, 4, 8:
-        progress.evaluated(it, it / 2, {'val_loss': 1.0}, 'Once', f'Once {it}')
-    begin(it=8)  # killed before it had saved its last one
-    assert records(tmp_path, 'samples.jsonl') == [
-        {'iter': it, 'prompt': 'Once', 'story': f'Once {it}'} for it in (0, 4)]
+    for step in 0, 4, 8:
+        progress.log_evaluation(step, {'val_loss': 1.0}, 'Once', f'Once {step}')
+    begin(step=8)  # killed before it saved the last one
+    assert read_lines(tmp_path, 'samples.jsonl') == [
+        {'iter': step, 'prompt': 'Once', 'story': f'Once {step}'} for step in (0, 4)]
 
 
-def test_the_picture_has_the_figures(begin, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(matplotlib.figure.Figure, 'savefig', lambda figure, path: drawn.append(figure))
-    progress = begin()
-    for it in range(0, 10, 2):
-        progress.step(it, it + 1.0, 0, **ROW | {'loss': 6.0 - it / 2})
-        progress.keep(it, it + 1.0, val_part_loss=7.0 - it / 2)
-    progress.evaluated(10, 11.0, {'val_loss': 1.5, 'val_acc': 0.5}, '', '')
-    losses, rates, accuracy = drawn[0].axes
-    lines = {line.get_label(): line.get_xydata().tolist() for line in losses.lines}
-    assert lines['validation'] == [[10, 1.5]]
-    assert lines['validation, a part'] == [[it, 7.0 - it / 2] for it in range(0, 10, 2)]
-    raw = [[it, 6.0 - it / 2] for it in range(0, 10, 2)]
-    assert losses.lines[0].get_xydata().tolist() == raw and losses.lines[0].get_alpha() < 0.5
-    assert lines['training, smoothed'] == [[x, y] for (x, _), y in zip(raw, smoothed([r[1] for r in raw]),
-                                                                        strict=True)]
+def test_no_progress_takes_the_same_calls(capsys):
+    progress = NoProgress()
+    progress.log_step(0, 0.5, **FIGURES)
+    progress.log_evaluation(0, {}, '', '')
+    progress.close()
+    assert capsys.readouterr() == ('', '')
+
+
+# loss.png
+
+
+def test_the_picture_shows_the_metrics():
+    records = [{'iter': step, **FIGURES, 'loss': 6.0 - step / 2} for step in range(0, 10, 2)]
+    records += [{'iter': step, 'val_loss': 7.0 - step / 2, 'val_acc': 0.5} for step in (0, 10)]
+    figure = matplotlib.figure.Figure()
+    plot_metrics(figure, records, tokens_per_step=64)
+    figure.savefig(io.BytesIO())  # lays out the axes
+    losses, rates, accuracy = figure.axes
+    raw, smoothed, validation = [line.get_xydata().tolist() for line in losses.lines]
+    assert raw == [[step, 6.0 - step / 2] for step in range(0, 10, 2)]
+    assert smoothed == [[x, y] for (x, _), y in zip(raw, smooth([y for _, y in raw]), strict=True)]
+    assert validation == [[0, 7.0], [10, 2.0]]
+    assert losses.lines[0].get_alpha() < 0.5
+    labels = [text.get_text() for text in losses.get_legend().get_texts()]
+    assert labels == ['training, smoothed', 'validation']
     assert losses.get_yscale() == 'log' and len(losses.get_yticks()) == 6
-    to_tokens, to_steps = losses.child_axes[0]._functions
-    assert (to_tokens(10), to_steps(64e-5)) == (pytest.approx(64e-5), pytest.approx(10))
-    assert rates.lines[0].get_ydata().tolist() == [0.01] * 5 and accuracy.lines[0].get_ydata() == [0.5]
+    million_tokens = losses.child_axes[0].get_xlim()
+    assert million_tokens == pytest.approx([64e-6 * step for step in losses.get_xlim()])
+    assert rates.lines[0].get_ydata().tolist() == [0.01] * 5
+    assert accuracy.lines[0].get_xydata().tolist() == [[0, 0.5], [10, 0.5]]
 
 
-def test_without_matplotlib_there_is_no_picture_and_one_line(begin, tmp_path, monkeypatch, capsys):
+def test_an_evaluation_draws_loss_png(begin, tmp_path):
+    progress = begin()
+    progress.log_step(0, 0.5, **FIGURES)
+    progress.log_evaluation(1, {'val_loss': 1.5, 'val_acc': 0.5}, '', '')
+    assert (tmp_path / 'out' / 'loss.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_without_matplotlib_one_line_says_so(begin, tmp_path, monkeypatch, capsys):
     for name in 'matplotlib', 'matplotlib.figure':
         monkeypatch.setitem(sys.modules, name, None)
     progress = begin()
-    progress.plot()
-    progress.plot()
-    said = capsys.readouterr().out
-    assert said.startswith('no loss.png is drawn (') and said.endswith('): pip install matplotlib\n')
-    assert said.count('\n') == 1 and 'loss.png' not in os.listdir(tmp_path / 'out')
+    progress.draw()
+    progress.draw()
+    out = capsys.readouterr().out
+    assert out.startswith('loss.png was not drawn (') and out.endswith('): pip install matplotlib\n')
+    assert out.count('\n') == 1 and 'loss.png' not in os.listdir(tmp_path / 'out')
 
 
-def test_smoothing_is_a_mean_that_forgets():
+def test_smooth_is_an_exponential_mean():
     values = np.random.default_rng(0).normal(size=90)
     keep = 1 - 1 / (1 + 90 / 100)
     weights = keep ** np.arange(90)[::-1]
-    assert smoothed(values)[-1] == pytest.approx((weights * values).sum() / weights.sum())
-    np.testing.assert_allclose(smoothed(np.full(7, 3.0)), 3.0)
-    assert len(smoothed([])) == 0
+    assert smooth(values)[-1] == pytest.approx((weights * values).sum() / weights.sum())
+    np.testing.assert_allclose(smooth(np.full(7, 3.0)), 3.0)
+    assert len(smooth([])) == 0
+
+
+# trackers
 
 
 class Tracker(types.ModuleType):
+    """Stands in for wandb or trackio and records what it is called with."""
+
     def __init__(self, name):
         super().__init__(name)
         self.calls = []
@@ -136,41 +174,51 @@ class Tracker(types.ModuleType):
 
 
 @pytest.mark.parametrize('name', ['wandb', 'trackio'])
-def test_a_tracker_hears_the_same(begin, tmp_path, monkeypatch, name):
-    """And of a run that goes on by the same name, which is another for another run."""
-    monkeypatch.setattr(Progress, 'plot', lambda _: None)
+def test_a_tracker_gets_the_same_figures(begin, tmp_path, monkeypatch, no_picture, name):
     monkeypatch.setitem(sys.modules, name, tracker := Tracker(name))
     monkeypatch.setattr('core.progress.time.strftime', lambda _: 'now')
     monkeypatch.delenv('WANDB_RUN_ID', raising=False)
     progress = begin(track=name)
     assert os.environ['WANDB_RUN_ID'] == 'out-now'
-    progress.step(0, 0.5, 0, **ROW)
-    progress.evaluated(2, 1.0, {'val_loss': 1.5}, 'Once', 'Once upon')
+    progress.log_step(0, 0.5, **FIGURES)
+    progress.log_evaluation(2, {'val_loss': 1.5}, 'Once', 'Once upon')
     progress.close()
-    logged = {step: {} for _, _, kwargs in tracker.calls if (step := kwargs.get('step')) is not None}
-    for what, args, kwargs in tracker.calls:
-        if what == 'log':
-            logged[kwargs['step']] |= args[0]
-    lines = {record.pop('iter'): record for record in records(tmp_path)}
+    logged = {}
+    for call, args, kwargs in tracker.calls:
+        if call == 'log':
+            logged.setdefault(kwargs['step'], {}).update(args[0])
+    lines = {line.pop('iter'): line for line in read_lines(tmp_path)}
     lines[2]['story'] = 'Once upon'
     assert logged == lines
-    (first, _, begun), (last, _, _) = tracker.calls[0], tracker.calls[-1]
+    (first, _, given), (last, _, _) = tracker.calls[0], tracker.calls[-1]
     assert (first, last) == ('init', 'finish')
-    assert begun['name'] == 'out-now' and begun['resume'] == 'allow' and begun['config']['seed'] == 5
-    monkeypatch.setattr('core.progress.time.strftime', lambda _: 'later')
-    for it, expected in (2, 'out-now'), (0, 'out-later'):
-        begin(it, track=name)
-        assert tracker.calls[-1][2]['name'] == expected
-    assert run_facts(tmp_path / 'out') == {'name': 'out-later', 'hardware': 'a machine'}
+    assert given['name'] == 'out-now' and given['resume'] == 'allow' and given['config']['seed'] == 5
+
+
+def test_a_resumed_run_keeps_its_name_and_a_new_one_gets_its_own(begin, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'trackio', tracker := Tracker('trackio'))
+    monkeypatch.setenv('WANDB_RUN_ID', 'x')
+    for step, time, name in (0, 'now', 'out-now'), (2, 'later', 'out-now'), (0, 'later', 'out-later'):
+        monkeypatch.setattr('core.progress.time.strftime', lambda _, time=time: time)
+        begin(step, track='trackio')
+        assert tracker.calls[-1][2]['name'] == name
+    assert read_run_facts(tmp_path / 'out') == {'name': 'out-later', 'hardware': 'a machine'}
+    assert read_run_facts(tmp_path) == {}
 
 
 def test_a_tracker_that_fails_is_one_line(begin, monkeypatch):
-    tracker = types.SimpleNamespace(init=lambda **_: exec('raise ValueError("no key")'))
-    monkeypatch.setitem(sys.modules, 'wandb', tracker)
-    with pytest.raises(UserError, match='wandb does not begin: no key'):
+    def init(**_):
+        raise ValueError('no key')
+
+    monkeypatch.setitem(sys.modules, 'wandb', types.SimpleNamespace(init=init))
+    with pytest.raises(UserError, match='wandb could not start a run: no key'):
         begin(track='wandb')
 
 
-def test_the_hardware_is_named():
-    text = hardware(torch.device('cpu'), torch.bfloat16, 2)
-    assert text.startswith('2 x cpu (') and f'threads: {torch.get_num_threads()}) in bfloat16, torch' in text
+def test_check_tracker_refuses_unknown_and_missing_packages(monkeypatch):
+    with pytest.raises(SettingError, match='wandb, trackio'):
+        check_tracker('tensorboard')
+    monkeypatch.setitem(sys.modules, 'trackio', None)
+    with pytest.raises(ModuleNotFoundError):
+        check_tracker('trackio')
+    check_tracker('')

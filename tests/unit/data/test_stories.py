@@ -1,0 +1,72 @@
+"""Stories: which file belongs to which split, and worker processes that are killed."""
+
+import os
+import sys
+import threading
+import time
+
+import datasets
+import pytest
+
+from configurator import UserError
+from data import stories
+from data.stories import group_by_split, map_stories
+
+linux_only = pytest.mark.skipif(sys.platform != 'linux', reason='processes are forked on Linux only')
+
+
+@pytest.mark.parametrize('names, splits, remark', [
+    ('a.txt b.txt', {'train': 'a.txt b.txt'}, ''),
+    ('a-train.txt a-valid.txt', {'train': 'a-train.txt', 'validation': 'a-valid.txt'}, ''),
+    ('train validation test', {'train': 'train', 'validation': 'validation'},
+     'left out, as a test split: test'),
+    ('train test', {'train': 'train', 'validation': 'test'},
+     'for validation, as there is no other split: test'),
+    ('test story', {'train': 'story test'}, ''),
+    ('values.txt contest.txt', {'train': 'values.txt contest.txt'}, ''),
+    ('val.txt', {'train': 'val.txt'}, ''),
+])
+def test_group_by_split_goes_by_words_in_names(names, splits, remark):
+    expected = {split: names.split() for split, names in splits.items()}
+    assert group_by_split(names.split()) == (expected, remark)
+
+
+def note_process(batch, folder):
+    """Note this process's id, and work for a minute if the story says so."""
+    text = batch['text'][0]
+    (folder / text).write_text(str(os.getpid()))
+    if text == 'slow':
+        time.sleep(60)
+    return {'n': [1]}
+
+
+@linux_only
+@pytest.mark.parametrize('victim', ['slow', 'fast'], ids=['busy', 'idle'])
+def test_map_stories_reports_a_killed_worker(tmp_path, monkeypatch, victim):
+    monkeypatch.setattr(stories, 'SMALL', 0)
+    monkeypatch.setattr(stories, 'STUCK_SECONDS', 1)
+
+    def kill():
+        while not all((tmp_path / name).exists() for name in ('slow', 'fast')):
+            time.sleep(0.01)
+        time.sleep(0.5)  # until the fast one waits for another job
+        os.kill(int((tmp_path / victim).read_text()), 9)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(UserError, match=r'a worker process was killed.*try --num_proc 1'):
+        map_stories(datasets.Dataset.from_dict({'text': ['fast', 'slow']}), note_process, 'test',
+                    {'n': 'int64'}, tmp_path, num_proc=2, folder=tmp_path)
+    killer.join()
+
+
+def refuse(batch):
+    raise UserError(f"not {batch['text'][0]}")
+
+
+@pytest.mark.parametrize('num_proc', [1, 2])
+def test_map_stories_passes_on_errors_of_workers(tmp_path, monkeypatch, num_proc):
+    monkeypatch.setattr(stories, 'SMALL', 0)
+    dataset = datasets.Dataset.from_dict({'text': ['this', 'this']})
+    with pytest.raises(UserError, match=r'^not this$'):
+        map_stories(dataset, refuse, 'test', {'n': 'int64'}, tmp_path, num_proc)
