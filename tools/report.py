@@ -1,234 +1,396 @@
-"""What runs have learned: figures, and one page to look at that needs no server and no network.
+"""Compare trained models: figures on stdout, and a page with charts and stories in one HTML file.
 
-    python report.py --out_dir out-quickstart                            writes out-quickstart/report.html
-    python report.py --out_dir out-a,out-b --path compared.html          two runs side by side
-    python report.py --init_from gpt2 --dataset mine --path gpt2.html    a pretrained model, on prepared data
+    python tools/report.py --out_dir out-quickstart                     # writes out-quickstart/report.html
+    python tools/report.py --out_dir out-a,out-b --path compared.html   # two runs side by side
+    python tools/report.py --init_from gpt2 --dataset mine --path gpt2.html
 
-Each figure stands beside the same one of as many validation stories, which says what good is.
+The page needs no server and no network. Figures of stories are next to those of as many validation stories.
 """
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that it runs from any working directory
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, so that the imports below are found
 
 import json
 import math
 import re
 import shlex
 import time
+from dataclasses import dataclass
 from functools import partial
-from operator import methodcaller
 
 from tqdm import tqdm
 
-from configurator import SettingError, UserError, configure, in_range, one_of, run, user_errors
+from configurator import SettingError, UserError, configure, in_range, one_of, run
 from core.checkpoint import FILES, RunFolder, load_model
 from core.device import DTYPES, choose_device, choose_dtype, configure_memory
-from core.evaluate import evaluate, infill_rows, score
+from core.evaluate import Evaluator, count_loss, evaluate, find_infill_rows
 from core.generate import first_words, generate_stories
-from core.progress import run_facts
-from data.files import write_atomically
+from core.kernels import use_fast_cpu_kernels
+from core.progress import read_run_facts
+from data.files import write_bytes_atomically
 from data.shards import Split, fingerprint, prepared_folder
-from data.tokenizer import load_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 from formats.pretrained import load_with_tokenizer
-from tools import quality
+from model import GPT
+from tools.quality import (
+    Figure,
+    Stories,
+    compare_stories,
+    ending_figures,
+    find_copies,
+    read_stories,
+    sample_evenly,
+    split_words,
+    token_probabilities,
+)
 
-out_dir = 'out-tiny-stories'  # folder of a run, or several with commas between them, to compare
+out_dir = 'out-tiny-stories'  # folder of a run, or of several, separated by commas
 ckpt = 'best'  # best (lowest validation loss) or last
-init_from = ''  # instead: a pretrained model or a single checkpoint, or several with commas between them
-dataset = ''  # what to evaluate on: a folder under data/, or any path; '': what each run was trained on
-path = ''  # of the page; '': report.html in the first run's folder
-num_samples = 100  # stories written for the figures, and as many of the validation split beside them
+init_from = ''  # instead of out_dir: a checkpoint or a pretrained model, or several, separated by commas
+dataset = ''  # data to evaluate on: a folder under data/, or any path; '': what each run was trained on
+path = ''  # where to write the page; '': report.html in the folder of the first run
+num_samples = 100  # stories to write for the figures, and validation stories to compare them with
 max_new_tokens = 1000  # longest story
-temperature = 0.8  # of the stories; below 1: likelier words
-top_p = 0.95  # draw from the likeliest tokens that make up this probability; 1: all
+temperature = 0.8  # of the stories; below 1 prefers likely tokens
+top_p = 0.95  # sample from the likeliest tokens that together have this probability; 1: from all
 eval_iters = 0  # batches of the evaluation; 0: the whole validation split
 seed = 1337  # same seed, same stories
 device = 'auto'  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:N or mps
 dtype = 'float32'  # float32, bfloat16, float16 or auto
 
-_SHOWN = 12  # stories on the page, after the beginnings of as many validation stories
-_CURVES = 'loss', 'val_loss', 'val_part_loss', 'lr', 'val_acc'
+_SHOWN = 12  # stories on the page, which continue the first words of validation stories
+_CURVES = 'loss', 'val_loss', 'lr', 'val_acc'  # keys of metrics.jsonl that the page draws
+_LONG_SOURCE = 4000  # characters of a training story that the page shows whole
 
 
 def check_settings():
-    """Refuse what no report can mean. Raises SettingError."""
+    """Check the settings. Raises SettingError."""
     one_of(FILES, ckpt=ckpt)
     one_of(('auto', *DTYPES), dtype=dtype)
     in_range(at_least=2, num_samples=num_samples)
     in_range(at_least=1, max_new_tokens=max_new_tokens)
     in_range(at_least=0, eval_iters=eval_iters)
-    in_range(at_least=1e-30 if temperature > 0 else 0, at_most=1e30, temperature=temperature)
-    in_range(at_least=0, below=2**63, seed=seed)
+    in_range(at_least=0, at_most=1e30, temperature=temperature)
     in_range(above=0, at_most=1, top_p=top_p)
+    in_range(at_least=0, below=2**63, seed=seed)
+    if 0 < temperature < 1e-30:  # float32 cannot divide by it
+        raise SettingError(f'temperature is {temperature}; it must be 0, or at least 1e-30')
 
 
+def list_names():
+    """Return the runs or models to report on, as the user has named them. Raises SettingError."""
+    names = [name.strip() for name in (init_from or out_dir).split(',')]
+    names = [name for name in names if name]
+    if not names:
+        raise SettingError('there is nothing to report on: name a run with --out_dir')
+    return names
+
+
+def page_path(names):
+    """Return where to write the page. Raises SettingError if that is not possible."""
+    if path:
+        target = Path(path).resolve()
+    elif init_from:
+        target = Path('report.html').resolve()
+    else:
+        return (Path(names[0]) / 'report.html').resolve()  # loading the run says whether its folder exists
+    if not target.parent.is_dir():
+        raise SettingError(f'path {target} is in a folder that does not exist')
+    if target.exists() and not target.is_file():
+        raise SettingError(f'path {target} is not a file')
+    return target
+
+
+# loading ------------------------------------------------------------------------
+
+@dataclass
 class Model:
-    """A model to report on, what it was trained on, and the stories that both have."""
-
-    def __init__(self, name, torch_device):
-        self.name = name
-        checkpoint, self.tokenizer = load_with_tokenizer(name if init_from else Path(name, FILES[ckpt]))
-        self.settings, self.iter = checkpoint['settings'], checkpoint['iter']
-        self.folder = RunFolder(Path(name).parent if Path(name).is_file() else name, resume=True)
-        self.gpt = load_model(checkpoint, torch_device).to(choose_dtype(dtype, torch_device))
-        data = dataset or self.settings.get('dataset', '')
-        if not data:
-            raise SettingError(f'{name} does not say what it was trained on: name a prepared --dataset')
-        self.data = prepared_folder(data)
-        self.train, self.val = Split(self.data, 'train'), Split(self.data, 'val')
-        if load_tokenizer(self.data).state() != checkpoint['tokenizer']:
-            raise UserError(f'{data} was prepared with another tokenizer than {name} has: prepare it with '
-                            f'--tokenizer {shlex.quote(name)}')
-        if not dataset and checkpoint.get('fingerprint', '') != fingerprint(self.train.meta):
-            raise UserError(f'the data in {data} is not what {name} was trained on: prepare it as before, or '
-                            'say with --dataset that it is what to evaluate on')
-        self.facts, self.built_in = self.describe(), self.train.meta['source'] == 'sample'
-
-    def write(self, prompts, what):
-        """The ids of a story for each of the prompts (lists of ids), without the prompt."""
-        enc = self.tokenizer
-        return [*generate_stories(self.gpt, [[enc.delimiter, *prompt] for prompt in prompts], enc.delimiter,
-                           max_new_tokens, seed, f'{self.name}: {what}', top_p=top_p, temperature=temperature,
-                           suppress=(enc.blank, enc.middle))]
-
-    def look(self):
-        """All that needs the model, for the table and for the page."""
-        enc, limit = self.tokenizer, max_new_tokens
-        validation = [*quality.read_stories(self.val, enc)]
-        if not validation:
-            raise UserError(f'{self.data} has no validation story')
-        real = quality.alike(validation, enc, num_samples, limit)
-        self.facts.append(('stories for the figures', f'{len(real)} written, {len(real)} real'))
-        n, texts = len(real), [enc.decode(row) for row in real]
-        written = self.write([[]] * n, f'{n} stories')
-        beginnings = [first_words(text, enc, self.gpt.config.block_size // 2) for text in texts[:_SHOWN]]
-        continuations = self.write(beginnings, f'{len(beginnings)} more to look at')
-        texts += [enc.decode(row) for row in written]
-        texts += [enc.decode([*both[0], *both[1]]) for both in zip(beginnings, continuations, strict=True)]
-        training = tqdm(quality.read_stories(self.train, enc), f'{self.name}: copies', unit=' stories',
-                        leave=False, disable=None)
-        matches = quality.look_up(texts, training)
-        self.shown = [*zip([len(enc.decode(ids)) for ids in beginnings], matches[2 * n:], strict=True)]
-        self.tokens = quality.token_probabilities(self.gpt, enc, [enc.delimiter, *real[0]])
-        self.table = self.prediction() + quality.figures(
-            self.gpt, enc, (written, matches[n:2 * n]), (real, matches[:n]), validation[:num_samples], limit,
-            self.built_in)
-
-    def prediction(self):
-        """The figures of evaluate.py as (group, label, note, value, that of real stories: there is none)."""
-        size = self.gpt.config.block_size
-        result = evaluate(partial(score, self.gpt), self.val, size, 32, infill_rows(self.val, size),
-                          max_batches=eval_iters, device=next(self.gpt.parameters()).device)
-        part = f'{eval_iters} batches of the' if eval_iters else 'the whole'
-        return [('prediction', label, f'{note}, over {part} validation split', factor * result[key], math.nan)
-                for key, label, note, factor in (
-                    ('val_bpb', 'bits per byte', 'comparable between tokenizers', 1),
-                    ('val_loss', 'loss', 'nats a token', 1), ('val_ppl', 'perplexity', 'e to the loss', 1),
-                    ('val_acc', 'accuracy, %', 'tokens that were held likeliest', 100),
-                    ('val_infill_loss', 'loss of middles', 'nats a token between two given ends', 1))
-                if key in result]
-
-    def describe(self):
-        """What it is: a list of (label, text)."""
-        config, splits = self.gpt.config, self.train.meta['splits']
-        facts = [('parameters', f'{self.gpt.n_params():,}'),
-                 ('shape', f'{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide'),
-                 ('context', f'{config.block_size:,} tokens'),
-                 ('tokenizer', f'{self.tokenizer.encoding}, {config.vocab_size:,} tokens'),
-                 ('data', self.data.name),
-                 ('to train on', f"{splits['train']['stories']:,} stories, {self.train.n_tokens:,} tokens"),
-                 ('to validate', f"{splits['val']['stories']:,} stories, {self.val.n_tokens:,} tokens")]
-        if self.iter:
-            seen = self.iter * self.step_tokens()
-            facts += [('trained', f'{self.iter:,} steps, {seen:,} tokens')]
-        seconds = [record['seconds'] for record in self.folder.records() if 'seconds' in record]
-        facts += [('time', f'{tqdm.format_interval(seconds[-1])} of training')] if seconds else []
-        return facts + [(key, text) for key, text in run_facts(self.folder.path).items() if key == 'hardware']
-
-    def step_tokens(self):
-        return math.prod(self.settings.get(key, 1)
-                         for key in ('batch_size', 'gradient_accumulation_steps', 'block_size'))
-
-    def page(self):
-        """What the page shows of it."""
-        step, records = self.step_tokens(), self.folder.records()
-        curves = {key: [[record['iter'], record['iter'] * step, record.get('seconds'), record[key]]
-                        for record in records if key in record] for key in _CURVES}
-        samples = [[record['iter'], record['story']] for record in self.folder.records('samples.jsonl')
-                   if 'story' in record]
-        stories = []
-        for prompt, match in self.shown:
-            start, stop, n_words = match.longest
-            stories.append({'text': match.story, 'prompt': prompt, 'copied': [start, stop],
-                            'words': n_words, 'source': around(match.story[start:stop], match.source)})
-        return {'name': self.name, 'facts': self.facts, 'settings': self.settings, 'curves': curves,
-                'samples': samples, 'stories': stories, 'tokens': self.tokens}
+    """A model to report on, with the data to evaluate it on."""
+    name: str  # as the user has named it
+    gpt: GPT
+    tokenizer: Tokenizer
+    settings: dict  # of the run that trained it; {} for a pretrained model
+    step: int  # of the checkpoint; 0 for a pretrained model
+    run: RunFolder
+    data: Path  # the prepared folder
+    train: Split
+    val: Split
 
 
-def around(passage, source):
-    """A training story, or of a long one what stands around the words of `passage`."""
-    if len(source) < 4000:
+def load(name, torch_device):
+    """Load a Model. Raises UserError if it is missing or damaged, or if the data does not fit it."""
+    checkpoint, tokenizer = load_with_tokenizer(name if init_from else Path(name, FILES[ckpt]))
+    gpt = load_model(checkpoint, torch_device).to(choose_dtype(dtype, torch_device))
+    if torch_device.type == 'cpu':
+        use_fast_cpu_kernels(gpt)
+    settings = {key: value for key, value in checkpoint['settings'].items() if is_plain(value)}
+    data = dataset or str(settings.get('dataset', ''))
+    if not data:
+        raise SettingError(f'{name} does not say what it was trained on: name prepared data with --dataset')
+    folder = prepared_folder(data)
+    train, val = Split(folder, 'train'), Split(folder, 'val')
+    if load_tokenizer(folder).state() != checkpoint['tokenizer']:
+        raise UserError(f'{data} was prepared with another tokenizer than that of {name}: prepare it with '
+                        f'--tokenizer {shlex.quote(name)}')
+    if not dataset and checkpoint.get('fingerprint', '') != fingerprint(train.meta):
+        raise UserError(f'the data in {data} is not what {name} was trained on: prepare it as before, or '
+                        'choose it with --dataset to evaluate on it anyway')
+    run_folder = Path(name).parent if Path(name).is_file() else Path(name)
+    return Model(name=name, gpt=gpt, tokenizer=tokenizer, settings=settings, step=checkpoint['iter'],
+                 run=RunFolder(run_folder, resume=True), data=folder, train=train, val=val)
+
+
+def is_plain(value):
+    """Return whether a setting of a checkpoint, which may be foreign, can be shown on the page."""
+    return isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value))
+
+
+# what is measured ---------------------------------------------------------------
+
+def prediction_figures(model):
+    """Evaluate a model on the validation split; return Figures."""
+    block_size = model.gpt.config.block_size
+    device_of_model = next(model.gpt.parameters()).device
+    evaluator = Evaluator(partial(count_loss, model.gpt), block_size, batch_size=32, device=device_of_model)
+    metrics = evaluate(evaluator, model.val, infill_rows=find_infill_rows(model.val, block_size),
+                       max_batches=eval_iters)
+    where = f'over {eval_iters} batches of the' if eval_iters else 'over the whole'
+    where = f'{where} validation split'
+
+    def figure(label, note, value):
+        return Figure('prediction', label, f'{note}, {where}', value)
+
+    figures = [
+        figure('bits per byte', 'comparable between tokenizers', metrics['val_bpb']),
+        figure('loss', 'nats per token', metrics['val_loss']),
+        figure('perplexity', 'e to the loss', metrics['val_ppl']),
+        figure('accuracy, %', 'tokens that were predicted', 100 * metrics['val_acc']),
+    ]
+    if 'val_infill_loss' in metrics:
+        note = 'infilling, nats per token of the middle between two given ends'
+        figures.append(figure('loss of middles', note, metrics['val_infill_loss']))
+    return figures
+
+
+def write(model, prompts, what):
+    """Continue prompts, lists of token ids; return the new token ids of each. what: for the progress bar."""
+    tokenizer = model.tokenizer
+    prompts = [[tokenizer.delimiter, *prompt] for prompt in prompts]
+    rows = generate_stories(
+        model.gpt, prompts, tokenizer.delimiter, max_new_tokens, seed, name=f'{model.name}: {what}',
+        temperature=temperature, top_p=top_p, suppress=(tokenizer.blank, tokenizer.middle))
+    return list(rows)
+
+
+def report_on(model):
+    """Do all that needs the model. Return its Figures, and what the page shows of it, a dict for JSON."""
+    tokenizer = model.tokenizer
+    validation = list(read_stories(model.val, tokenizer))
+    if not validation:
+        raise UserError(f'{model.data} has no validation story')
+
+    # as many real stories as stories of the model, none longer than these may become
+    real_rows = sample_evenly(validation, tokenizer, num_samples, max_new_tokens)
+    real_texts = [tokenizer.decode(row) for row in real_rows]
+    n = len(real_rows)
+    written_rows = write(model, [[]] * n, f'{n} stories')
+    written_texts = [tokenizer.decode(row) for row in written_rows]
+
+    # stories for the page: the first words are those of a real story
+    starts = [first_words(text, tokenizer, model.gpt.config.block_size // 2) for text in real_texts[:_SHOWN]]
+    shown_rows = write(model, starts, f'{len(starts)} more to look at')
+    shown_texts = [tokenizer.decode([*start, *row]) for start, row in zip(starts, shown_rows, strict=True)]
+
+    training = tqdm(read_stories(model.train, tokenizer), f'{model.name}: copies', unit=' stories',
+                    leave=False, disable=None)
+    matches = find_copies(real_texts + written_texts + shown_texts, training)
+    real = Stories(real_rows, matches[:n])
+    written = Stories(written_rows, matches[n:2 * n])
+    shown = zip(matches[2 * n:], starts, strict=True)
+
+    built_in = model.train.meta.get('source') == 'sample'
+    figures = prediction_figures(model)
+    figures += compare_stories(written, real, max_new_tokens, built_in)
+    figures += ending_figures(model.gpt, tokenizer, validation[:num_samples])
+    page = {
+        'name': model.name,
+        'facts': [*describe(model), ('stories for the figures', f'{n} written, {n} real')],
+        'settings': model.settings,
+        'curves': read_curves(model),
+        'samples': read_samples(model),
+        'stories': [story_for_page(match, len(tokenizer.decode(start))) for match, start in shown],
+        'tokens': token_probabilities(model.gpt, tokenizer, [tokenizer.delimiter, *real_rows[0]]),
+    }
+    return figures, page
+
+
+# what the page shows of a run ---------------------------------------------------
+
+def tokens_per_step(model):
+    """Return the number of tokens in a training step; 1 if the settings do not say."""
+    product = 1
+    for name in 'batch_size', 'gradient_accumulation_steps', 'block_size':
+        value = model.settings.get(name, 1)
+        if isinstance(value, int):
+            product *= value
+    return product
+
+
+def describe(model):
+    """Return facts about a model, a list of (label, text)."""
+    config = model.gpt.config
+    facts = [
+        ('parameters', f'{model.gpt.n_params():,}'),
+        ('shape', f'{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide'),
+        ('context', f'{config.block_size:,} tokens'),
+        ('tokenizer', f'{model.tokenizer.encoding}, {config.vocab_size:,} tokens'),
+        ('data', model.data.name),
+        ('to train on', describe_split(model.train, 'train')),
+        ('to validate', describe_split(model.val, 'val')),
+    ]
+    if model.step > 0:
+        n_tokens = model.step * tokens_per_step(model)
+        facts.append(('trained', f'{model.step:,} steps, {n_tokens:,} tokens'))
+    seconds = [record['seconds'] for record in model.run.records() if 'seconds' in record]
+    if seconds:
+        facts.append(('time', f'{tqdm.format_interval(seconds[-1])} of training'))
+    hardware = read_run_facts(model.run.path).get('hardware')
+    if hardware:
+        facts.append(('hardware', hardware))
+    return facts
+
+
+def describe_split(split, name):
+    text = f'{split.n_tokens:,} tokens'
+    n_stories = split.meta['splits'][name].get('stories')
+    if isinstance(n_stories, int):
+        text = f'{n_stories:,} stories, {text}'
+    return text
+
+
+def read_curves(model):
+    """Return {key: a list of [step, tokens, seconds or None, value]} of a run's metrics.jsonl."""
+    n_tokens = tokens_per_step(model)
+    curves = {key: [] for key in _CURVES}
+    for record in model.run.records():
+        step = record['iter']
+        for key in _CURVES:
+            if key in record:
+                curves[key].append([step, step * n_tokens, record.get('seconds'), record[key]])
+    return curves
+
+
+def read_samples(model):
+    """Return [step, story] of each evaluation of a run."""
+    records = model.run.records('samples.jsonl')
+    return [[record['iter'], record['story']] for record in records if 'story' in record]
+
+
+def story_for_page(match, n_given):
+    """Return what the page shows of a story. n_given: how many of its characters were the prompt."""
+    start, stop, n_words = match.longest
+    return {'text': match.story, 'prompt': n_given, 'copied': [start, stop], 'words': n_words,
+            'source': excerpt(match.source, match.story[start:stop])}
+
+
+def excerpt(source, passage):
+    """Return a training story; if it is long, only `passage` with 500 characters before and after it."""
+    if len(source) < _LONG_SOURCE:
         return source
-    place = re.search(r'\W*'.join(map(re.escape, quality.words(passage))), source, re.IGNORECASE)
-    return f'…{source[max(0, place.start() - 500):place.end() + 500]}…' if place else source[:4000]
+    words = [re.escape(word) for word in split_words(passage)]
+    found = re.search(r'\W*'.join(words), source, re.IGNORECASE)
+    if found is None:
+        return source[:_LONG_SOURCE]
+    start = max(0, found.start() - 500)
+    return f'…{source[start:found.end() + 500]}…'
 
 
-def side_by_side(models):
-    """The table of all: a list of (group, label, note, a text for each model, that of real stories)."""
-    tables, rows = [{row[:2]: row[2:] for row in model.table} for model in models], []
-    for key in dict.fromkeys(key for table in tables for key in table):
-        found = [table.get(key, ('', math.nan, math.nan)) for table in tables]
-        notes, values, real = zip(*found, strict=True)
-        values, real = [*map(shown, values)], [*map(shown, real)]
-        if len({*real} - {''}) > 1:  # of different data
-            values, real = [f'{x} (real: {y})' for x, y in zip(values, real, strict=True)], ['']
-        rows.append((*key, max(notes), values, max(real)))
+# the table ----------------------------------------------------------------------
+
+def format_figure(value):
+    """Return a figure as text, '' for nan."""
+    if math.isnan(value):
+        return ''
+    if value >= 1000:
+        return f'{value:,.0f}'
+    return f'{value:.4g}'
+
+
+def merge_figures(figures_of_models):
+    """Merge the Figures of all models. Return the rows of the table, a list of dicts with the keys
+    group, label, note, cells (a text for each model) and real (the text for real stories)."""
+    tables = []
+    keys = {}  # a dict keeps their order
+    for figures in figures_of_models:
+        table = {(figure.group, figure.label): figure for figure in figures}
+        tables.append(table)
+        keys |= dict.fromkeys(table)
+    rows = []
+    for group, label in keys:
+        missing = Figure(group, label, note='', value=math.nan)
+        figures = [table.get((group, label), missing) for table in tables]
+        cells = [format_figure(figure.value) for figure in figures]
+        real = [format_figure(figure.real) for figure in figures]
+        if len(set(real) - {''}) > 1:  # the models were given different real stories
+            cells = [f'{cell} (real: {real_cell})' for cell, real_cell in zip(cells, real, strict=True)]
+            real = ['']
+        note = max(figure.note for figure in figures)  # not the '' of a model without this figure
+        rows.append({'group': group, 'label': label, 'note': note, 'cells': cells, 'real': max(real)})
     return rows
 
 
-def shown(value):
-    """A figure as text, '' where there is none."""
-    return '' if math.isnan(value) else f'{value:,.0f}' if value >= 1000 else f'{value:.4g}'
-
-
 def print_table(names, rows):
-    lines = [('', *names, 'real stories'), *((row[1], *row[3], row[4]) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for first, *rest in lines:
-        print(first.ljust(widths[0]), *map(str.rjust, rest, widths[1:]), sep='   ')
+    """Print the table in columns."""
+    lines = [['', *names, 'real stories']]
+    for row in rows:
+        lines.append([row['label'], *row['cells'], row['real']])
+    columns = list(zip(*lines, strict=True))
+    widths = [max(len(cell) for cell in column) for column in columns]
+    for line in lines:
+        cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
+        cells[0] = line[0].ljust(widths[0])
+        print('   '.join(cells))
+
+
+def make_html(names, rows, runs):
+    """Return the page. runs: for each model, the dict that `report_on` returns."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(row['group'], []).append(row)
+    data = {
+        'title': ', '.join(names),
+        'made': time.strftime('%Y-%m-%d %H:%M'),
+        'table': [{'group': group, 'rows': rows} for group, rows in groups.items()],
+        'runs': runs,
+    }
+    template = Path(__file__).with_name('report_template.html').read_text(encoding='utf-8')
+    text = json.dumps(data).replace('<', '\\u003c')  # no text of a story can end the script element
+    return template.replace('__DATA__', text)
 
 
 def main():
     check_settings()
+    names = list_names()
+    target = page_path(names)
     torch_device = choose_device(device)
     configure_memory(torch_device)
-    names = [name.strip() for name in (init_from or out_dir).split(',') if name.strip()]
-    if not names:
-        raise SettingError('there is nothing to report on: name a run with --out_dir')
-    target = Path(path or ('report.html' if init_from else Path(names[0]) / 'report.html')).resolve()
-    if (path or init_from) and not (target.parent.is_dir() and (target.is_file() or not target.exists())):
-        raise SettingError(f'path {target} is no file, or in no folder that is there')
-    models = []
-    for name in names:
-        with user_errors(f'{name} or its data'):
-            models.append(Model(name, torch_device))
+    models = [load(name, torch_device) for name in names]  # all, before anything takes long
+
+    figures_of_models = []
+    runs = []
     for model in models:
-        model.look()
-    rows = side_by_side(models)
+        figures, shown = report_on(model)
+        figures_of_models.append(figures)
+        runs.append(shown)
+    rows = merge_figures(figures_of_models)
+
     print_table(names, rows)
-    groups = {group: [dict(zip(('label', 'note', 'cells', 'real'), row[1:], strict=True))
-                      for row in rows if row[0] == group] for group, *_ in rows}
-    data = {'title': ', '.join(names), 'made': time.strftime('%Y-%m-%d %H:%M'),
-            'runs': [model.page() for model in models],
-            'table': [{'group': group, 'rows': rows} for group, rows in groups.items()]}
-    template = Path(__file__).with_name('report_template.html').read_text(encoding='utf-8')
-    page = template.replace('__DATA__', json.dumps(data).replace('<', '\\u003c'))  # ends no element
-    write_atomically(target, methodcaller('write', page.encode()))
+    write_bytes_atomically(target, make_html(names, rows, runs).encode())
     print(f'look at {target}')
 
 
 if __name__ == '__main__':
     configure(globals())
-    run(main, 'write fewer stories (--num_samples), or with --dtype bfloat16')
+    run(main, 'write fewer stories (--num_samples), or use --dtype bfloat16')
