@@ -5,14 +5,9 @@ memory-mapped Arrow files (those of local sources in the folder `cache`), so mem
 number. Only a single story, a .txt that is one document and the list in a .json file are read into memory.
 """
 
-import contextlib
-import ctypes
-import functools
 import gzip
 import os
 import re
-import signal
-import sys
 import warnings
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -21,6 +16,7 @@ from urllib.request import Request, urlopen
 
 from configurator import UserError, script_path, user_errors
 from data.tiny_stories import sample_stories
+from data.workers import Workers, available_cores
 
 DELIMITER = '<|endoftext|>'  # between two stories of a .txt
 LOADERS = {'.txt': 'ours', '.jsonl': 'json', '.json': 'json', '.csv': 'csv', '.parquet': 'parquet'}
@@ -333,6 +329,8 @@ def group_by_split(names):
 
 def only_text(dataset, name, column):
     """Return the Dataset with only its column of stories, named `text`. Raises UserError if it has none."""
+    import datasets
+
     wanted = [column] if column else ['text', 'story']
     found = [column for column in wanted if column in dataset.column_names]
     if not found:
@@ -341,14 +339,14 @@ def only_text(dataset, name, column):
     feature = dataset.features[found[0]]
     if getattr(feature, 'dtype', '') not in ('string', 'large_string'):
         raise UserError(f'{name} has no text in its column {found[0]!r} but {feature}')
-    return dataset.select_columns(found[0]).rename_columns({found[0]: 'text'})
+    dataset = dataset.select_columns(found[0]).rename_columns({found[0]: 'text'})
+    # one type for all, so that they can be concatenated: CSV files come as large_string
+    return dataset.cast_column('text', datasets.Value('large_string'))
 
 
-# worker processes ---------------------------------------------------------------
+# map ----------------------------------------------------------------------------
 
 SMALL = 1 << 24  # bytes of stories for which starting processes would take longer than the work
-STUCK_SECONDS = 30  # from the end of a worker process until we give up waiting for the library
-WORKER_KILLED = 'a worker process was killed, perhaps for lack of memory: try --num_proc 1'
 
 
 def map_stories(stories, function, description, columns, cache, num_proc=0, **arguments):
@@ -360,96 +358,12 @@ def map_stories(stories, function, description, columns, cache, num_proc=0, **ar
     Raises UserError if a worker process is killed.
     """
     import datasets
-    import multiprocess  # which the datasets library uses instead of multiprocessing
 
     processes = num_proc or available_cores()
     if processes == 1 or stories.data.nbytes < SMALL:
         processes = None
-    try:
-        with children_follow_us(), give_up_if_stuck():
-            return stories.map(
-                function, batched=True, fn_kwargs=arguments, num_proc=processes, desc=description,
-                remove_columns=stories.column_names, cache_file_name=str(cache / f'{description}.arrow'),
-                features=datasets.Features({name: datasets.Value(kind) for name, kind in columns.items()}))
-    except (multiprocess.TimeoutError, EOFError, ConnectionError, RuntimeError) as error:
-        if was_interrupted(error):
-            raise KeyboardInterrupt from None
-        if isinstance(error, RuntimeError) and 'abruptly died' not in str(error):
-            raise
-        raise UserError(WORKER_KILLED) from error
-
-
-def available_cores():
-    """Return the number of CPU cores that this process may use."""
-    if hasattr(os, 'sched_getaffinity'):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
-
-
-def was_interrupted(error):
-    """Return whether Ctrl-C led to this error: after it, the library's clean-up fails with a TimeoutError."""
-    while error is not None:
-        if isinstance(error, KeyboardInterrupt):
-            return True
-        error = error.__context__
-    return False
-
-
-@contextlib.contextmanager
-def children_follow_us():
-    """In this context, child processes leave Ctrl-C to us, and end when we end (on Linux)."""
-    if sys.platform != 'linux':
-        yield
-        return
-    import multiprocess
-
-    multiprocess.set_start_method('fork', force=True)  # which is not the default of Python 3.14
-    follow_parent = register_follow_parent()
-    follow_parent.enabled = True
-    try:
-        yield
-    finally:
-        follow_parent.enabled = False
-
-
-@functools.cache  # once, because a hook cannot be removed again
-def register_follow_parent():
-    """Return a function that is called in every child process which is forked while its `enabled` is True."""
-    prctl = ctypes.CDLL(None).prctl
-    PR_SET_PDEATHSIG = 1
-
-    def follow_parent():
-        if follow_parent.enabled:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-    os.register_at_fork(after_in_child=follow_parent)
-    return follow_parent
-
-
-@contextlib.contextmanager
-def give_up_if_stuck():
-    """Raise UserError if a child process ends, but this context does not, within STUCK_SECONDS.
-
-    The library notices that a worker was killed and stops. But if that worker was idle, it held the lock of
-    the queue of jobs, and the library's clean-up waits for this lock forever.
-    """
-    if not hasattr(signal, 'SIGCHLD'):  # Windows
-        yield
-        return
-
-    def child_ended(*_):
-        # again every second after that, because an exception may be lost in a clean-up
-        signal.setitimer(signal.ITIMER_REAL, STUCK_SECONDS, 1)
-
-    def give_up(*_):
-        raise UserError(WORKER_KILLED)
-
-    before_child = signal.signal(signal.SIGCHLD, child_ended)
-    before_alarm = signal.signal(signal.SIGALRM, give_up)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGCHLD, before_child)
-        signal.signal(signal.SIGALRM, before_alarm)
+    with Workers():
+        return stories.map(
+            function, batched=True, fn_kwargs=arguments, num_proc=processes, desc=description,
+            remove_columns=stories.column_names, cache_file_name=str(cache / f'{description}.arrow'),
+            features=datasets.Features({name: datasets.Value(kind) for name, kind in columns.items()}))

@@ -85,25 +85,30 @@ def sentencepiece_vocabulary(data, first):
     if trainer.get(MODEL_TYPE) != MODEL_TYPE_BPE or normalizer.get(ESCAPE_WHITESPACES) == 0:
         raise UserError('the page can use only the usual kind of sentencepiece model, BPE: type --format '
                         'safetensors')
-    texts, scores, unused, user_defined = [], [], [], []
-    messages = [value for number, value in model if number == PIECES]
-    for message in messages[first:]:
-        piece = dict(read_message(message))
-        text = piece[PIECE_TEXT].decode()
-        kind = piece.get(PIECE_TYPE, NORMAL)
-        [score] = struct.unpack('<f', piece.get(PIECE_SCORE, bytes(4)))
-        texts.append('' if kind == CONTROL else text)
-        scores.append(score)
-        if kind == UNUSED:
-            unused.append(text)
-        if kind == USER_DEFINED:
-            user_defined.append(text)
-    vocabulary = {'pieces': texts, 'unused': unused, 'userDefined': user_defined}
+    pieces = read_pieces(model)[first:]
+    vocabulary = {
+        'pieces': ['' if kind == CONTROL else text for text, _, kind in pieces],
+        'unused': [text for text, _, kind in pieces if kind == UNUSED],
+        'userDefined': [text for text, _, kind in pieces if kind == USER_DEFINED],
+    }
+    scores = [score for _, score, _ in pieces]
     falling = sorted(set(scores), reverse=True)
     if scores != falling:  # else a piece is merged before those of higher ids
         rank_of = {score: rank for rank, score in enumerate(falling)}
         vocabulary['ranks'] = [rank_of[score] for score in scores]
     return vocabulary
+
+
+def read_pieces(model):
+    """Return the pieces of a model, [(field, value)], as [(text, score, kind)]."""
+    pieces = []
+    for number, message in model:
+        if number != PIECES:
+            continue
+        piece = dict(read_message(message))
+        [score] = struct.unpack('<f', piece.get(PIECE_SCORE, bytes(4)))
+        pieces.append((piece[PIECE_TEXT].decode(), score, piece.get(PIECE_TYPE, NORMAL)))
+    return pieces
 
 
 def fields_of_all(message, number):

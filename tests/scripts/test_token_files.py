@@ -1,4 +1,4 @@
-"""Token files of others, against what they were made of."""
+"""token_files/prepare.py: token files of nanoGPT and llama2.c, compared with what they were made of."""
 
 import io
 import pickle
@@ -7,41 +7,50 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from configurator import SettingError, UserError
-from data import streams
+from configurator import SettingError, UserError, settings
 from data.shards import read_meta
-from data.tiny_stories import prepare
+from data.token_files import prepare
 from data.tokenizer import load_tokenizer
-from tests.helpers.scripts import STORIES
-from tests.scripts.test_prepare import prepared  # noqa: F401, a fixture
+from tests.helpers.scripts import STORIES, script
+from tests.helpers.tokenizers import keep_gpt2, needs_gpt2, small_tokenizer
 
 TEXT = 'To be, or not to be:\nthat is the question \u00e9\u4f60!\n' * 40
 CHARS = sorted(set(TEXT))
 
 
-def tokens(path, ids):
-    path.parent.mkdir(exist_ok=True)
-    np.array(ids, '<u2').tofile(path)
-
-
-def shards(folder, split):
-    return np.concatenate([np.fromfile(path, '<u2') for path in sorted(folder.glob(f'{split}_*.bin'))])
+@pytest.fixture
+def theirs(tmp_path):
+    """Return the folder for the token files."""
+    (tmp_path / 'theirs').mkdir()
+    return tmp_path / 'theirs'
 
 
 @pytest.fixture
-def take(prepared, tmp_path, monkeypatch):  # noqa: F811
-    """take(tokenizer, **settings) is prepare.main() for the folder `theirs`: ({split: ids}, meta.json)."""
-    monkeypatch.setattr('tests.scripts.test_prepare.read', lambda folder: folder)
+def prepared(theirs, tmp_path, monkeypatch):
+    """Return prepared(tokenizer, **settings): it runs prepare.main() and returns ({split: ids}, meta)."""
+    defaults = settings(vars(prepare))
 
-    def run(tokenizer, **given):
-        folder = prepared(tmp_path / 'theirs', tokenizer=str(tokenizer), **given)
-        return {split: shards(folder, split) for split in ('train', 'val')}, read_meta(folder)
+    def run(tokenizer='', **given):
+        out = tmp_path / 'out'
+        always = {'source': str(theirs), 'tokenizer': str(tokenizer), 'out_dir': str(out), 'offline': True}
+        for name, value in (defaults | always | given).items():
+            monkeypatch.setattr(prepare, name, value)
+        prepare.main()
+        return {split: read_shards(out, split) for split in ('train', 'val')}, read_meta(out)
     return run
+
+
+def write_tokens(path, ids):
+    np.array(ids, '<u2').tofile(path)
+
+
+def read_shards(folder, split):
+    return np.concatenate([np.fromfile(path, '<u2') for path in sorted(folder.glob(f'{split}_*.bin'))])
 
 
 @pytest.fixture(scope='module')
 def model():
-    """A sentencepiece model without pieces for bytes, which has none for `z` and what is no ASCII."""
+    """Return a sentencepiece model without pieces for bytes: it has none for `z` and for non-ASCII text."""
     file = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(STORIES), model_writer=file, vocab_size=60, model_type='bpe', minloglevel=3,
@@ -50,66 +59,95 @@ def model():
 
 
 @pytest.mark.parametrize('files', ['train.bin val.bin', 'train.bin'])
-def test_characters_of_nanogpt(take, tmp_path, capsys, monkeypatch, files):
-    """Numbered by their order in the text, which is given. No pickle is read."""
+def test_nanogpt_characters_become_ours(prepared, theirs, tmp_path, capsys, monkeypatch, files):
+    """Their tokens are the places of the characters in the sorted text. No pickle is read."""
     monkeypatch.setattr(pickle, 'load', None)
-    monkeypatch.setattr(streams, 'CHUNK', 100)
-    theirs = tmp_path / 'theirs'
+    monkeypatch.setattr(prepare, 'CHUNK', 100)
     parts = {'train': TEXT[:1000], 'val': TEXT[1000:]} if 'val' in files else {'train': TEXT}
     for split, text in parts.items():
-        tokens(theirs / f'{split}.bin', [CHARS.index(char) for char in text])
+        write_tokens(theirs / f'{split}.bin', [CHARS.index(char) for char in text])
     (theirs / 'input.txt').write_text(TEXT, encoding='utf-8')
-    (theirs / 'meta.pkl').write_bytes(b'no pickle')
-    found, meta = take(theirs / 'input.txt', val_percentage=25.0)
-    enc, cut = load_tokenizer(tmp_path / 'out'), 1000 if 'val' in files else len(TEXT) * 3 // 4
+    (theirs / 'meta.pkl').write_bytes(b'not a pickle')
+    found, meta = prepared(theirs / 'input.txt', val_percentage=25.0)
+    enc = load_tokenizer(tmp_path / 'out')
+    cut = 1000 if 'val' in files else len(TEXT) * 3 // 4
     assert enc.decode(found['train']) == TEXT[:cut] and enc.decode(found['val']) == TEXT[cut:]
     assert meta['splits']['val']['bytes'] == len(TEXT[cut:].encode())
     assert f'such as {TEXT[cut:][:40]!r}' in capsys.readouterr().out
-    half, _ = take(theirs / 'input.txt', val_percentage=25.0, data_percentage=50.0)
+
+    half, _ = prepared(theirs / 'input.txt', val_percentage=25.0, data_percentage=50.0)
     assert enc.decode(half['train']) == TEXT[:cut // 2]
+    assert enc.decode(half['val']) == TEXT[cut:][:(len(TEXT) - cut) // 2]
 
 
-def test_stories_of_llama2c_with_a_model_that_loses_what_it_has_no_piece_for(take, tmp_path, model, capsys):
+def test_llama2c_tokens_stay_and_unknown_ones_are_counted(prepared, theirs, tmp_path, model, capsys):
     enc = sentencepiece.SentencePieceProcessor(model_proto=model)
     texts = [STORIES[:5], ['A \u4f60\u4f60 lazy zebra.', *STORIES[5:200]], STORIES[200:]]
-    files = [[i for text in part for i in [1, *enc.encode(text)]] for part in texts]
-    for n, ids in enumerate(files):
-        tokens(tmp_path / 'theirs' / f'data{n:02}.bin', ids)
+    files = []
+    for n, part in enumerate(texts):
+        ids = []
+        for text in part:
+            ids += [1, *enc.encode(text)]
+        write_tokens(theirs / f'data{n:02}.bin', ids)
+        files.append(ids)
     (tmp_path / 'tok.model').write_bytes(model)
-    found, meta = take(tmp_path / 'tok.model')
+    found, meta = prepared(tmp_path / 'tok.model')
     assert found['val'].tolist() == files[0] and found['train'].tolist() == files[1] + files[2]
-    said, unknown = capsys.readouterr().out, sum(ids.count(0) for ids in files)
-    assert unknown > 3 and f'lost: {unknown} tokens are unknown' in said and repr(STORIES[0][:9])[:-1] in said
+    out = capsys.readouterr().out
+    n_unknown = files[1].count(0)
+    assert n_unknown > 3 and f'lost: {n_unknown} tokens are unknown' in out
+    assert repr(STORIES[0][:9])[:-1] in out
     assert meta['splits']['val'] | {'stories': 5, 'bytes': len(''.join(texts[0]))} == meta['splits']['val']
     assert (meta['vocab_size'], meta['blank']) == (enc.get_piece_size() + 2, enc.get_piece_size())
-    for name, texts in ('data00.json', STORIES), ('data01.json', ['A \u4f60\u4f60 lazy zebra.']):
-        (tmp_path / 'theirs' / name).write_text(str(texts).replace("'", '"'))
-    take(tmp_path / 'tok.model')  # the stories themselves, as they are there
-    known = {enc.id_to_piece(i) for i in range(enc.get_piece_size())} | {' '}
-    lost = sum(char not in known for text in [*STORIES, 'A \u4f60\u4f60 lazy zebra.'] for char in text)
-    assert lost > 3 and f'lost: {lost} characters' in capsys.readouterr().out
+
+
+@needs_gpt2
+def test_gpt2_tokens_need_no_tokenizer(prepared, theirs, tmp_path, monkeypatch):
+    keep_gpt2(tmp_path / 'cache')
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path / 'cache'))
+    ids = small_tokenizer('gpt2').encode(TEXT)
+    write_tokens(theirs / 'train.bin', ids)
+    write_tokens(theirs / 'val.bin', ids[:50])
+    found, meta = prepared(encoding_type='gpt2')
+    assert found['train'].tolist() == ids and found['val'].tolist() == ids[:50]
+    assert meta['encoding'] == 'gpt2'
 
 
 @pytest.mark.parametrize('ids, given, message', [
     ([1, 5, 60] * 9, {}, r'train.bin has token 60, beyond the \d+ of .*tok.model: name the tokenizer'),
     (None, {}, 'train.bin has 3 bytes: tokens of uint16 have two each'),
     ([1, 5], {}, 'theirs has too few tokens for training and validation'),
-    ([1, 5] * 9, {'infill_rate': 0.5}, 'theirs has tokens: leave it out')])
-def test_what_is_refused(take, tmp_path, model, ids, given, message):
-    tokens(tmp_path / 'theirs' / 'train.bin', ids or [1])
-    if not ids:
-        (tmp_path / 'theirs' / 'train.bin').write_bytes(b'123')
+    ([1, 5] * 9, {'encoding_type': 'gpt2'}, 'tok.model is bpe: leave out --encoding_type gpt2'),
+    ([1, 5] * 9, {'encoding_type': 'bpe'}, 'type --encoding_type and one of auto, gpt2'),
+    ([1, 5] * 9, {'tokenizer': ''}, 'name the tokenizer that made the tokens'),
+    ([1, 5] * 9, {'source': ''}, 'with --source'),
+    ([1, 5] * 9, {'source': 'absent'}, 'absent holds no token files'),
+    ([1, 5] * 9, {'val_percentage': 100.0}, 'val_percentage is 100'),
+])
+def test_what_cannot_be_prepared_is_refused(prepared, theirs, tmp_path, model, ids, given, message):
+    if ids is None:
+        (theirs / 'train.bin').write_bytes(b'123')
+    else:
+        write_tokens(theirs / 'train.bin', ids)
     (tmp_path / 'tok.model').write_bytes(model)
     with pytest.raises((UserError, SettingError), match=message):
-        take(tmp_path / 'tok.model', **given)
+        prepared(**{'tokenizer': tmp_path / 'tok.model'} | given)
     assert not (tmp_path / 'out').exists()
 
 
-def test_without_a_tokenizer_or_with_the_wrong_characters(take, tmp_path):
-    tokens(tmp_path / 'theirs' / 'train.bin', [1, 5] * 9)
-    with pytest.raises(UserError, match=r'tokens as \.bin with their --tokenizer'):
-        take('')
-    (tmp_path / 'input.txt').write_text('\u2581')
+def test_text_with_the_space_mark_is_refused(prepared, theirs, tmp_path):
+    """This character is three tokens of CharTokenizer."""
+    write_tokens(theirs / 'train.bin', [1, 5] * 9)
+    (tmp_path / 'input.txt').write_text('\u2581', encoding='utf-8')
     with pytest.raises(UserError, match=r'U\+2581'):
-        take(tmp_path / 'input.txt')
-    assert prepare.tokenizer
+        prepared(tmp_path / 'input.txt')
+
+
+def test_script_prints_the_next_command(theirs, tmp_path):
+    write_tokens(theirs / 'train.bin', [CHARS.index(char) for char in TEXT])
+    (theirs / 'input.txt').write_text(TEXT, encoding='utf-8')
+    out = tmp_path / 'out'
+    done = script('data/token_files/prepare.py', '--source', theirs, '--tokenizer', theirs / 'input.txt',
+                  '--out_dir', out)
+    assert done.err == ''
+    assert done.out.splitlines()[-1] == f'next: python train.py --dataset {out}'

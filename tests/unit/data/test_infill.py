@@ -1,4 +1,4 @@
-"""Infilling: where sentences end, and stories turned around and back."""
+"""Infilling: where sentences end, and stories rearranged and put back together."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ SPLITS = [  # a story with a | where a sentence ends
 
 
 @pytest.mark.parametrize('marked', SPLITS)
-def test_where_sentences_end(marked):
+def test_sentences_end_where_a_reader_says(marked):
     prefix, *between = marked.split('|')
     expected = None
     if len(between) > 1:
@@ -44,7 +44,7 @@ def test_where_sentences_end(marked):
 
 
 @pytest.mark.parametrize('junk', ['.', '!"', '" a.', '. a', OPEN, CLOSE, '\u201ca', '. ', '\n', 'a'])
-def test_no_text_takes_forever(junk):
+def test_sentences_takes_linear_time(junk):
     infill.sentences('A. ' + junk * 100_000)
 
 
@@ -55,7 +55,7 @@ texts = st.lists(parts | st.text(max_size=3), min_size=1, max_size=40).map(''.jo
 @pytest.mark.parametrize('encoding', ENCODINGS)
 @settings(max_examples=60, deadline=None)
 @given(stories=st.lists(texts, max_size=4), rate=st.sampled_from([0, 0.5, 1]))
-def test_every_story_comes_back(encoding, stories, rate):
+def test_decode_inverts_encode(encoding, stories, rate):
     enc = small_tokenizer(encoding)
     ids, kinds = infill.encode(enc, stories, rate)
     assert ids.dtype == np.uint16 and len(kinds) == len(stories)
@@ -75,7 +75,7 @@ def test_every_story_comes_back(encoding, stories, rate):
             assert own[1:] == enc.encode(story)
 
 
-def test_a_larger_share_has_all_of_a_smaller():
+def test_larger_rate_chooses_all_stories_of_a_smaller_one():
     stories = [f'Story {i}.' for i in range(2000)]
     shares = [{story for story in stories if infill.chosen(story, rate)} for rate in (0, 0.2, 0.6, 1)]
     assert set() == shares[0] < shares[1] < shares[2] < shares[3] == set(stories)

