@@ -1,4 +1,7 @@
-"""The page of what runs have learned, as report.py writes it and as a browser shows it."""
+"""report.py: what it writes for a trained run, what a browser shows of it, and what it rejects.
+
+tests/reference/test_report.py compares all figures with naive ones.
+"""
 
 import json
 import math
@@ -7,18 +10,22 @@ import shutil
 import subprocess
 
 import pytest
+import torch
 
 from configurator import SettingError, UserError, configure, settings
 from core.checkpoint import load_checkpoint
-from tests.helpers.scripts import metrics, once, prepare, script
+from tests.helpers.scripts import STORIES, metrics, once, prepare, script
 from tools import report
+from tools.browser import PROGRAM
+from tools.quality import Figure
 
+REPORT = 'tools/report.py'
 SMALL = ['--num_samples=14', '--max_new_tokens=40', '--device=cpu']
 
 
 @pytest.fixture
-def given(monkeypatch):
-    """given(*flags) sets settings of report.py."""
+def given():
+    """given(*flags) sets the settings of report.py, in this process."""
     before = settings(vars(report))
     yield lambda *flags: configure(vars(report), once([*SMALL, *map(str, flags)]))
     vars(report).update(before)
@@ -26,44 +33,67 @@ def given(monkeypatch):
 
 @pytest.fixture(scope='module')
 def page(run, tmp_path_factory):
-    """What report.py says of one run, and its page."""
+    """Return what report.py prints about a run, and the path of the page."""
     path = tmp_path_factory.mktemp('report') / 'page.html'
-    return script('report.py', f'--out_dir={run[0]}', f'--path={path}', *SMALL).out, path
+    return script(REPORT, f'--out_dir={run[0]}', f'--path={path}', *SMALL).out, path
 
 
 def data_of(path):
-    return json.loads(re.search('<script type="application/json" id="data">(.*?)</script>',
-                                path.read_text(), re.DOTALL)[1])
+    """Return the data in a page."""
+    pattern = '<script type="application/json" id="data">(.*?)</script>'
+    return json.loads(re.search(pattern, path.read_text(), re.DOTALL)[1])
 
 
-def test_a_page_has_the_run(page, run):
-    said, path = page
-    data, lines = data_of(path), metrics(run[0])
-    (shown,), best = data['runs'], load_checkpoint(run[0] / 'best.pt')
+def figures_of(data):
+    """Return {label: row} of a page's table."""
+    return {row['label']: row for group in data['table'] for row in group['rows']}
+
+
+# a run --------------------------------------------------------------------------
+
+def test_page_has_the_facts_of_the_run(page, run):
+    shown, = data_of(page[1])['runs']
+    best = load_checkpoint(run[0] / 'best.pt')
     facts = dict(shown['facts'])
-    weights = {name: weight for name, weight in best['model'].items() if name != 'lm_head.weight'}
-    assert facts['parameters'] == f'{sum(weight.numel() for weight in weights.values()):,}'
+    n_params = sum(w.numel() for name, w in best['model'].items() if name != 'lm_head.weight')
+    assert facts['parameters'] == f'{n_params:,}'
     assert facts['trained'] == f"{best['iter']} steps, {best['iter'] * 4 * 64:,} tokens"
-    assert {'data', 'hardware', 'time', 'tokenizer'} <= set(facts) and shown['settings']['n_embd'] == 32
-    for key in 'loss', 'lr', 'val_loss', 'val_acc':
-        expected = [[line['iter'], line['iter'] * 256, line[key]] for line in lines if key in line]
-        assert [[step, tokens, value] for step, tokens, _, value in shown['curves'][key]] == expected
+    assert facts['to train on'].startswith('270 stories, ')
+    assert facts['to validate'].startswith('30 stories, ')
+    assert {'data', 'hardware', 'time', 'tokenizer'} <= set(facts)
+    assert shown['settings']['n_embd'] == 32
+
+
+def test_page_has_the_curves_and_samples_of_the_run(page, run):
+    shown, = data_of(page[1])['runs']
+    records = metrics(run[0])
+    assert list(shown['curves']) == ['loss', 'val_loss', 'lr', 'val_acc']
+    for key, curve in shown['curves'].items():
+        found = [record for record in records if key in record]
+        expected = [[record['iter'], record['iter'] * 256, record[key]] for record in found]
+        assert [[step, tokens, value] for step, tokens, _, value in curve] == expected
     seconds = [point[2] for point in shown['curves']['loss']]
     assert seconds == sorted(seconds) and seconds[0] > 0
     assert [step for step, _ in shown['samples']] == [0, 6, 12]
-    assert len({text[:16] for _, text in shown['samples']}) == 1  # from the same prompt
-    figures = {row['label']: row for group in data['table'] for row in group['rows']}
-    lowest = min((line for line in lines if 'val_loss' in line), key=lambda line: line['val_loss'])
+    assert len({text[:16] for _, text in shown['samples']}) == 1  # all start alike
+
+
+def test_table_has_the_lowest_validation_loss(page, run):
+    out, path = page
+    figures = figures_of(data_of(path))
+    evaluations = [record for record in metrics(run[0]) if 'val_loss' in record]
+    lowest = min(evaluations, key=lambda record: record['val_loss'])
     for label, key in ('bits per byte', 'val_bpb'), ('loss', 'val_loss'), ('perplexity', 'val_ppl'):
         assert float(figures[label]['cells'][0]) == pytest.approx(lowest[key], rel=1e-3)
-    assert figures['whole, %']['real'] == '0' and len(shown['stories']) == 12
-    for name in figures:
-        assert name in said
-    assert said.endswith(f'look at {path}\n')
+    assert figures['whole, %']['real'] == '0'
+    for label in figures:
+        assert label in out
+    assert out.endswith(f'look at {path}\n')
 
 
-def test_a_page_shows_stories_and_tokens(page):
-    (shown,) = data_of(page[1])['runs']
+def test_page_has_stories_and_tokens(page):
+    shown, = data_of(page[1])['runs']
+    assert len(shown['stories']) == 12
     for story in shown['stories']:
         assert story['text'][:story['prompt']] == 'Once there was a'
         start, stop = story['copied']
@@ -71,82 +101,187 @@ def test_a_page_shows_stories_and_tokens(page):
         assert story['text'][start:stop].lower() in story['source'].lower()
     assert ''.join(text for text, _, _ in shown['tokens']).startswith('Once there was a dog number')
     for _, p, others in shown['tokens']:
-        assert p >= 0 and p + sum(q for _, q in others) < 1.0001
-        assert [q for _, q in others] == sorted((q for _, q in others), reverse=True)
+        probabilities = [q for _, q in others]
+        assert p >= 0 and p + sum(probabilities) < 1.0001
+        assert probabilities == sorted(probabilities, reverse=True)
 
+
+def test_page_next_to_the_run_is_the_default(run, given):
+    given(f'--out_dir={run[0]}', '--num_samples=2', '--max_new_tokens=3', '--eval_iters=1')
+    report.main()
+    data = data_of(run[0] / 'report.html')
+    (run[0] / 'report.html').unlink()
+    assert data['title'] == str(run[0])
+    assert 'over 1 batches of the validation split' in figures_of(data)['loss']['note']
+
+
+def test_sampling_settings_reach_the_stories(run, given, tmp_path, monkeypatch):
+    """Also the evaluation: --eval_iters is a number of batches of 32 windows."""
+    calls = []
+    generate_stories, evaluate = report.generate_stories, report.evaluate
+
+    def watched_stories(model, prompts, stop, max_new_tokens, seed, **sampling):
+        calls.append((len(prompts), max_new_tokens, seed, sampling['temperature'], sampling['top_p']))
+        return generate_stories(model, prompts, stop, max_new_tokens, seed, **sampling)
+
+    def watched_evaluation(*args, max_batches, **kwargs):
+        calls.append(max_batches)
+        return evaluate(*args, max_batches=max_batches, **kwargs)
+
+    monkeypatch.setattr(report, 'generate_stories', watched_stories)
+    monkeypatch.setattr(report, 'evaluate', watched_evaluation)
+    given(f'--out_dir={run[0]}', f'--path={tmp_path}/a.html', '--num_samples=3', '--max_new_tokens=9',
+          '--seed=5', '--temperature=0.5', '--top_p=0.4', '--eval_iters=7')
+    report.main()
+    assert calls == [(3, 9, 5, 0.5, 0.4), (3, 9, 5, 0.5, 0.4), 7]
+
+
+def test_ckpt_chooses_the_checkpoint(run, given, tmp_path):
+    """best.pt has other weights here, so that the two differ."""
+    folder = tmp_path / 'run'
+    shutil.copytree(run[0], folder)
+    best = load_checkpoint(run[0] / 'best.pt')
+    torch.save(best | {'model': {name: 0 * w for name, w in best['model'].items()}}, folder / 'best.pt')
+    losses = {}
+    for name in 'best', 'last':
+        given(f'--out_dir={folder}', f'--ckpt={name}', f'--path={tmp_path}/a.html', '--num_samples=2',
+              '--max_new_tokens=3', '--eval_iters=1', '--temperature=1')
+        report.main()
+        losses[name] = float(figures_of(data_of(tmp_path / 'a.html'))['loss']['cells'][0])
+    n_tokens = load_checkpoint(run[0] / 'best.pt')['config']['vocab_size']
+    assert losses['best'] == pytest.approx(math.log(n_tokens), rel=1e-3) != losses['last']
+
+
+# several runs -------------------------------------------------------------------
 
 def test_runs_are_compared(run, tmp_path):
-    """A run and a lone checkpoint of it, which is a model like those of others: no curves stand beside it."""
+    """A run, and a single checkpoint of it outside of its folder: that one has no curves."""
     shutil.copy(run[0] / 'ckpt.pt', tmp_path / 'lone.pt')
-    names = f"{run[0] / 'best.pt'},{tmp_path / 'lone.pt'}"
-    said = script('report.py', '--init_from', names, '--path', tmp_path / 'page.html', *SMALL).out
-    both = data_of(tmp_path / 'page.html')
-    assert [shown['name'] for shown in both['runs']] == names.split(',') and both['runs'][0]['curves']['loss']
-    assert not both['runs'][1]['curves']['loss'] and not both['runs'][1]['samples']
-    assert all(len(row['cells']) == 2 for group in both['table'] for row in group['rows'])
-    assert all(name in said.splitlines()[0] for name in names.split(','))
+    names = [str(run[0] / 'best.pt'), str(tmp_path / 'lone.pt')]
+    out = script(REPORT, '--init_from', ','.join(names), '--path', tmp_path / 'page.html', *SMALL).out
+    data = data_of(tmp_path / 'page.html')
+    of_run, of_lone = data['runs']
+    assert [of_run['name'], of_lone['name']] == names and data['title'] == ', '.join(names)
+    assert of_run['curves']['loss'] and not of_lone['curves']['loss'] and not of_lone['samples']
+    assert all(len(row['cells']) == 2 for row in figures_of(data).values())
+    assert all(name in out.splitlines()[0] for name in names)
 
 
-def test_figures_of_different_stories_stand_beside_their_own():
-    rows = [('text', 'words', 'a note', 10.0, 20.0), ('text', 'ended, %', '', 50.0, 100.0),
-            ('grammar', 'name, %', '', 1.5, math.nan)]
-    other = [('text', 'words', 'a note', 11.0, 30.0), ('text', 'ended, %', '', 12345.678, 100.0)]
-    models = [type('', (), {'table': table}) for table in (rows, other)]
-    assert report.side_by_side(models) == [
-        ('text', 'words', 'a note', ['10 (real: 20)', '11 (real: 30)'], ''),
-        ('text', 'ended, %', '', ['50', '12,346'], '100'), ('grammar', 'name, %', '', ['1.5', ''], '')]
+def test_merge_figures_of_the_same_and_of_different_stories():
+    one = [Figure('text', 'words', 'a note', 10.0, 20.0), Figure('text', 'ended, %', '', 50.0, 100.0),
+           Figure('grammar', 'name, %', 'kept', 1.5)]
+    other = [Figure('text', 'words', 'a note', 11.0, 30.0), Figure('text', 'ended, %', '', 12345.678, 100.0)]
+    rows = [tuple(row.values()) for row in report.merge_figures([one, other])]
+    assert rows == [('text', 'words', 'a note', ['10 (real: 20)', '11 (real: 30)'], ''),
+                    ('text', 'ended, %', '', ['50', '12,346'], '100'),
+                    ('grammar', 'name, %', 'kept', ['1.5', ''], '')]
 
+
+def test_print_table_aligns_its_columns(capsys):
+    rows = [{'label': 'words', 'cells': ['1', '22'], 'real': '3'},
+            {'label': 'a', 'cells': ['', '1.234'], 'real': ''}]
+    report.print_table(['run', 'x'], rows)
+    assert capsys.readouterr().out == ('        run       x   real stories\n'
+                                       'words     1      22              3\n'
+                                       'a             1.234               \n')
+
+
+# what is rejected ---------------------------------------------------------------
 
 @pytest.mark.parametrize('change, error', [
-    ({'about': 'a'}, 'another tokenizer'), ({}, 'is not what .* was trained on'), (None, 'no prepared')])
-def test_other_data_is_refused(run, given, tmp_path, monkeypatch, change, error):
+    ({'tokenizer': {'pieces': []}}, 'another tokenizer'),
+    ({'fingerprint': 'another'}, 'is not what .* was trained on'),
+    ({'settings': {}}, 'does not say what it was trained on'),
+    ({'settings': {'dataset': 'nowhere'}}, 'no prepared data')])
+def test_checkpoint_that_does_not_fit_the_data_is_rejected(run, given, tmp_path, change, error):
     checkpoint = load_checkpoint(run[0] / 'best.pt')
-    if change is not None:
-        prepare(tmp_path / 'data', **change)
-    if change:
-        checkpoint['tokenizer'] = checkpoint['tokenizer'] | {'pieces': []}
-    checkpoint['settings'] |= {'dataset': str(tmp_path / 'data')}
-    checkpoint['fingerprint'] = 'another'
-    monkeypatch.setattr('core.checkpoint.load_checkpoint', lambda _: checkpoint)
-    given(f'--out_dir={run[0]}')
+    if 'tokenizer' in change:
+        change = {'tokenizer': checkpoint['tokenizer'] | change['tokenizer']}
+    torch.save(checkpoint | change, tmp_path / 'best.pt')
+    given(f'--out_dir={tmp_path}')
     with pytest.raises(UserError, match=error):
         report.main()
 
 
-def test_what_no_report_can_mean_is_refused(run, given):
-    for flag in '--num_samples=1', '--top_p=0', '--ckpt=first':
-        given(f'--out_dir={run[0]}', flag)
-        with pytest.raises(SettingError):
+def test_dataset_chooses_other_data(run, given, tmp_path):
+    other = prepare(tmp_path / 'other')
+    checkpoint = load_checkpoint(run[0] / 'best.pt')
+    torch.save(checkpoint | {'fingerprint': 'another', 'settings': {}}, tmp_path / 'best.pt')
+    given(f'--out_dir={tmp_path}', f'--dataset={other}', '--num_samples=2', '--max_new_tokens=3')
+    report.main()
+    shown, = data_of(tmp_path / 'report.html')['runs']
+    assert dict(shown['facts'])['data'] == 'other'
+
+
+def test_settings_of_foreign_checkpoints_are_shown_only_if_plain(run, given, tmp_path):
+    """A setting may be anything that torch.load gives, a tensor or a number that JSON does not have."""
+    checkpoint = load_checkpoint(run[0] / 'best.pt')
+    odd = {'batch_size': 'many', 'a': torch.zeros(2), 'b': math.nan, 'c': ['<b>']}
+    checkpoint['settings'] = checkpoint['settings'] | odd
+    torch.save(checkpoint, tmp_path / 'best.pt')
+    given(f'--out_dir={tmp_path}', '--num_samples=2', '--max_new_tokens=3')
+    report.main()
+    shown, = data_of(tmp_path / 'report.html')['runs']
+    assert shown['settings']['batch_size'] == 'many' and not {'a', 'b', 'c'} & set(shown['settings'])
+
+
+@pytest.mark.parametrize('flag', [
+    '--num_samples=1', '--max_new_tokens=0', '--top_p=0', '--ckpt=first', '--temperature=-1',
+    '--temperature=1e-40', '--seed=-1', '--eval_iters=-1', '--dtype=int8', '--out_dir= , '])
+def test_impossible_settings_are_rejected(run, given, flag):
+    given(f'--out_dir={run[0]}', flag)
+    with pytest.raises(SettingError):
+        report.main()
+
+
+def test_path_that_cannot_be_written_is_rejected_at_once(given, tmp_path):
+    for path in tmp_path / 'nowhere' / 'a.html', tmp_path:
+        given('--out_dir=nowhere', f'--path={path}')
+        with pytest.raises(SettingError, match='path'):
             report.main()
 
 
-def test_markup_in_a_story_is_text(run, given, tmp_path, monkeypatch):
+# the page -----------------------------------------------------------------------
+
+def test_excerpt_of_a_long_source_has_the_passage():
+    passage = 'The "old" dog, ran'
+    source = 'x' * 3000 + ' ' + 'the old dog ran' + ' ' + 'y' * 3000
+    found = report.excerpt(source, passage)
+    assert found == '…' + 'x' * 499 + ' the old dog ran ' + 'y' * 499 + '…'
+    assert report.excerpt(source, 'another') == source[:4000]
+    assert report.excerpt('a short one', 'short') == 'a short one'
+
+
+def test_markup_in_a_story_is_text(run, given, tmp_path):
     evil = '</script><script>document.title = "evil"</script><img src=x onerror=alert(1)>'
-    monkeypatch.setattr(report.RunFolder, 'records', lambda _, name='metrics.jsonl': (
-        [{'iter': 0, 'story': evil}] if name == 'samples.jsonl' else []))
-    given(f'--out_dir={run[0]}', f'--path={tmp_path}/page.html')
+    shutil.copy(run[0] / 'best.pt', tmp_path)
+    (tmp_path / 'samples.jsonl').write_text(json.dumps({'iter': 0, 'story': evil}) + '\n')
+    given(f'--out_dir={tmp_path}', '--num_samples=2')
     report.main()
-    text = (tmp_path / 'page.html').read_text()
+    text = (tmp_path / 'report.html').read_text()
     assert text.count('</script>') == 2 and '<img' not in text
-    assert data_of(tmp_path / 'page.html')['runs'][0]['samples'] == [[0, evil]]
+    assert data_of(tmp_path / 'report.html')['runs'][0]['samples'] == [[0, evil]]
 
 
-def test_the_page_may_connect_to_nothing(page):
+def test_page_connects_to_nothing(page):
     text = page[1].read_text()
     assert "content=\"default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'\"" in text
     assert not re.search(r'\b(src|href|url\()\s*=?', text.split('<script type')[0].replace('-src', ''))
 
 
-@pytest.mark.skipif(not shutil.which('chromium'), reason='no Chromium here')
-def test_a_browser_shows_the_page(page, tmp_path):
+@pytest.mark.skipif(not PROGRAM, reason='no Chromium here')
+def test_browser_shows_the_page(page, tmp_path):
     done = subprocess.run(
-        ['chromium', '--headless', '--no-sandbox', '--disable-gpu', f'--user-data-dir={tmp_path}',
+        [PROGRAM, '--headless', '--no-sandbox', '--disable-gpu', f'--user-data-dir={tmp_path}',
          '--virtual-time-budget=2000', '--dump-dom', page[1].as_uri()], capture_output=True, text=True,
         timeout=120)
-    (shown,) = data_of(page[1])['runs']
+    shown, = data_of(page[1])['runs']
     text = re.sub('<script.*?</script>', '', done.stdout, flags=re.DOTALL)
     assert f"<title>{shown['name']}</title>" in text
-    assert dict(shown['facts'])['parameters'] in text and '<path class="val_loss" d="M' in text
+    assert dict(shown['facts'])['parameters'] in text
+    assert '<path class="val_loss" d="M' in text
+    assert text.count('<circle') == 2 * 3  # the validation losses and accuracies
     assert text.count('class="piece') >= len(shown['tokens'])
     for story in shown['stories']:
         assert story['text'][:story['prompt']] in text
+    assert STORIES[0][:16] in text
