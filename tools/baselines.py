@@ -24,11 +24,11 @@ from data.tokenizer import CharTokenizer
 from formats.gguf import GGUF
 from formats.llama2c import Llama2c
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]  # where our scripts run
 SIZES = 'n_layer', 'n_head', 'n_embd', 'block_size', 'vocab_size'
 
 
-def command(*words, cwd=HERE):
+def command(*words, cwd=ROOT):
     """What a program prints. Raises UserError, with the last line of its stderr, where it fails."""
     done = subprocess.run([*map(str, words)], cwd=cwd, capture_output=True, text=True, errors='replace')
     if done.returncode:
@@ -37,7 +37,7 @@ def command(*words, cwd=HERE):
     return done.stdout + done.stderr
 
 
-def script(*words, cwd=HERE, **flags):
+def script(*words, cwd=ROOT, **flags):
     """What a Python script prints, run with these flags."""
     return command(sys.executable, *words, *(f'--{name}={value}' for name, value in flags.items()), cwd=cwd)
 
