@@ -164,8 +164,8 @@ def check_resumable(checkpoint, config, meta, max_steps):
     saved = checkpoint['config'] | {'optimizer': checkpoint['settings'].get('optimizer', optimizer)}
     for name, value in saved.items():
         if given.get(name) != value:
-            raise SettingError(f'{name} is {given.get(name)}, but {out_dir}/ckpt.pt has {value}: leave it out '
-                               'to resume the run, or name another --out_dir for a new one')
+            raise SettingError(f'{name} is {given.get(name)}, but {out_dir}/ckpt.pt has {value}: leave it '
+                               'out to resume the run, or name another --out_dir for a new one')
     if checkpoint['iter'] > max_steps:
         raise SettingError(f"max_iters asks for {max_steps} steps, but {out_dir}/ckpt.pt has already done "
                            f"{checkpoint['iter']}")
