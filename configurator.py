@@ -62,13 +62,13 @@ def configure(settings_globals, argv=None, base=None):
         raise SystemExit(0)
 
     def override():
-        settings_globals.update(overridden(settings(settings_globals), words, base))
+        settings_globals.update(resolve_settings(settings(settings_globals), words, base))
 
     run(override)
 
 
-def overridden(defaults, words, base):
-    """Return the settings {name: value} after checkpoint, config files and flags; see `configure`."""
+def resolve_settings(defaults, words, base):
+    """Return the settings {name: value} that checkpoint, config files and flags lead to; see `configure`."""
     files, flags = parse(words, defaults)
     current = apply_files_and_flags(defaults, files, flags)
     if base is None:
@@ -78,7 +78,7 @@ def overridden(defaults, words, base):
     if not saved:
         return current
     saved = {name: value for name, value in saved.items() if name in defaults}
-    saved = checked(saved, defaults, 'in the checkpoint')
+    saved = convert_settings(saved, defaults, 'in the checkpoint')
     return apply_files_and_flags(defaults | saved, files, flags)
 
 
@@ -105,7 +105,8 @@ def settings(settings_globals):
 def declarations(path):
     """Return {name: the comment on its line} of the public names that a script assigns at its top level."""
     source = Path(path).read_text(encoding='utf-8')
-    return dict(re.findall(r'^([A-Za-z]\w*)(?:: \w+)? = .*?(?:  # (.*))?$', source, re.M))
+    # `name = value` or `name: type = value`, then the comment after two spaces and a #, if there is one
+    return dict(re.findall(r'^([A-Za-z]\w*)(?:: \w+)? = .*?(?:  # (.*))?$', source, re.MULTILINE))
 
 
 # the command line
@@ -136,7 +137,7 @@ def parse(words, defaults):
             raise SettingError(f'--{key} is given twice {COMMAND_LINE}')
         else:
             value = text if type(known[key]) is str else parse_literal(text)
-            flags[key] = converted(key, value, type(known[key]), COMMAND_LINE)
+            flags[key] = convert_value(key, value, type(known[key]), COMMAND_LINE)
     return files, flags
 
 
@@ -163,15 +164,16 @@ def parse_literal(text):
 
 # checks
 
-def checked(values, known, where):
-    """Return the settings `values`, converted to the types of the settings `known`.
+def convert_settings(values, known, where):
+    """Return the settings `values` {name: value}, converted to the types of the settings `known`.
 
-    Raises SettingError, which says `where`, if a name is unknown or a value has another type.
+    where: where the values are from, for the message, such as 'in config/x.py'.
+    Raises SettingError if a name is unknown or a value has another type.
     """
     result = {}
     for key, value in values.items():
         check_name(key, known, where)
-        result[key] = converted(key, value, type(known[key]), where)
+        result[key] = convert_value(key, value, type(known[key]), where)
     return result
 
 
@@ -181,16 +183,17 @@ def check_name(key, known, where):
         raise SettingError(f'unknown setting {key!r} {where}{did_you_mean(key, known)} (--help lists all)')
 
 
-def converted(key, value, kind, where):
-    """Return `value` as a bool, int, float or str, whichever `kind` is. Raises SettingError if it is not one.
+def convert_value(key, value, kind, where):
+    """Return `value` as a `kind`: a bool, int, float or str. Raises SettingError if it is of another type.
 
     An int is accepted for a float. A bool is not a number, and neither are nan and inf.
     """
-    fits = isinstance(value, (int, float) if kind is float else kind)
-    if isinstance(value, bool) != (kind is bool):
-        fits = False
-    if fits and kind is float and not abs(value) <= sys.float_info.max:
-        fits = False
+    if kind is bool or isinstance(value, bool):  # in Python, a bool is an int
+        fits = type(value) is kind
+    elif kind is float:
+        fits = isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
+    else:
+        fits = isinstance(value, kind)
     if not fits:
         raise SettingError(f'{key!r} {where} must be {KINDS[kind]}, not {reprlib.repr(value)}')
     if kind is str:
@@ -272,7 +275,7 @@ def read_config(path, current):
     if not isinstance(values, dict):
         shown = reprlib.repr(values)
         raise SettingError(f'{path} must contain an object, {{"name": value, ...}}, not {shown}')
-    return checked(values, current, f'in {path}')
+    return convert_settings(values, current, f'in {path}')
 
 
 def run_python(path, source, current):
@@ -434,7 +437,7 @@ def script_path(name):
     return shlex.quote(os.path.relpath(ROOT / name))
 
 
-# errors of libraries -----------------------------------------------------------------
+# errors of libraries ---------------------------------------------------------------
 
 # What torch, the system and other libraries say when memory runs out
 OUT_OF_MEMORY = (

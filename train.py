@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from configurator import SettingError, UserError, configure, in_range, one_of, run, script_path, settings
-from core.checkpoint import Run, RunFolder, load_checkpoint, resume_command
+from core.checkpoint import TO_RESUME, Run, RunFolder, load_checkpoint, resume_command
 from core.device import (
     autocast,
     choose_device,
@@ -163,9 +163,9 @@ def check_resumable(checkpoint, config, meta, max_steps):
     given = asdict(config) | {'optimizer': optimizer}
     saved = checkpoint['config'] | {'optimizer': checkpoint['settings'].get('optimizer', optimizer)}
     for name, value in saved.items():
-        if given[name] != value:
-            raise SettingError(f'{name} is {given[name]}, but {out_dir}/ckpt.pt has {value}: leave it out to '
-                               'resume the run, or name another --out_dir for a new one')
+        if given.get(name) != value:
+            raise SettingError(f'{name} is {given.get(name)}, but {out_dir}/ckpt.pt has {value}: leave it '
+                               'out to resume the run, or name another --out_dir for a new one')
     if checkpoint['iter'] > max_steps:
         raise SettingError(f"max_iters asks for {max_steps} steps, but {out_dir}/ckpt.pt has already done "
                            f"{checkpoint['iter']}")
@@ -173,7 +173,7 @@ def check_resumable(checkpoint, config, meta, max_steps):
 
 def resume(this_run, max_steps):
     """Continue the run in out_dir from its last checkpoint. Raises SettingError if it does not fit."""
-    checkpoint = load_checkpoint(this_run.folder.path / 'ckpt.pt')
+    checkpoint = load_checkpoint(this_run.folder.path / 'ckpt.pt', TO_RESUME)
     check_resumable(checkpoint, this_run.model.config, this_run.meta, max_steps)
     this_run.restore(checkpoint)
 

@@ -42,13 +42,17 @@ TYPES = {
     'infill_rate': NUMBER,
 }
 REQUIRED = 'model', 'config', 'tokenizer', 'settings', 'iter'
+TO_RESUME = *REQUIRED, 'best_val_loss', 'optimizers', 'scaler', 'fingerprint'
 LONGEST_CONTEXT = 2**20
 
 
 # reading ----------------------------------------------------------------------
 
-def load_checkpoint(path):
-    """Read a checkpoint. Raises UserError if it is missing, damaged, or not one of this project."""
+def load_checkpoint(path, required=REQUIRED):
+    """Read a checkpoint. Raises UserError if it is missing, damaged, or not one of this project.
+
+    required: the names that it must have.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f'no checkpoint {path}: train first, or name the folder of a run with --out_dir')
@@ -57,15 +61,15 @@ def load_checkpoint(path):
         raise UserError(f'{path} is damaged or not a checkpoint ({reason}){suggest_other_checkpoint(path)}')
     with user_errors(path, 'is not a checkpoint of this project, and was not run'):
         checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-        check_types(checkpoint)
+        check_types(checkpoint, required)
     return checkpoint
 
 
-def check_types(checkpoint):
+def check_types(checkpoint, required):
     """Raise ValueError if a value of a checkpoint is missing or of the wrong type."""
     if not isinstance(checkpoint, dict):
         raise ValueError(f'it holds a {type(checkpoint).__name__}')
-    for name in REQUIRED:
+    for name in required:
         if name not in checkpoint:
             raise ValueError(f'it has no {name}')
     for name, value in checkpoint.items():
@@ -432,6 +436,8 @@ def load_optimizer_state(optimizer, saved):
     groups = optimizer.state_dict()['param_groups']
     optimizer.load_state_dict(saved | {'param_groups': groups})
     for p, state in optimizer.state.items():
+        if not isinstance(state, dict):
+            raise ValueError(f'the state of a weight is {reprlib.repr(state)}')
         for name, value in state.items():
             if not isinstance(value, torch.Tensor) or value.shape not in (p.shape, ()):
                 raise ValueError(f'{name} of an optimizer has another shape than its weight, {[*p.shape]}')

@@ -37,7 +37,7 @@ def report_write_errors(path, flag='--out_dir'):
         reason = write_error(error)
         if not reason:
             raise
-        if isinstance(error, FileNotFoundError) or isinstance(error.__context__, FileNotFoundError):
+        if folder_is_gone(error):
             advice = 'the folder was removed or renamed while in use'
         else:
             advice = f'free some space or name another {flag}; what was saved before is whole'
@@ -56,6 +56,14 @@ def write_error(error):
         if isinstance(cause, OSError):
             return cause.strerror or f'no room: {cause}'
     return ''
+
+
+def folder_is_gone(error):
+    """Return whether a file could not be written because its folder no longer exists."""
+    for cause in error, error.__context__:
+        if isinstance(cause, FileNotFoundError) and cause.filename is not None:
+            return not Path(cause.filename).parent.exists()
+    return False
 
 
 def write_atomically(path, write):

@@ -31,7 +31,7 @@ val_percentage = 1.0  # percentage of the tokens, at the end, for validation if 
 out_dir = ''  # where to write; '' is the folder of this script
 offline = False  # never use the network: read GPT-2's vocabulary from a cache
 
-CHUNK = 1 << 22  # tokens read at a time
+_CHUNK = 1 << 22  # tokens read at a time
 
 # -----------------------------------------------------------------------------
 
@@ -138,8 +138,8 @@ def token_chunks(paths, start, stop):
             tokens = np.memmap(path, '<u2', 'r')
             first = max(start - offset, 0)
             last = min(stop - offset, n_tokens)
-            for i in range(first, last, CHUNK):
-                yield path, tokens[i:min(i + CHUNK, last)]
+            for i in range(first, last, _CHUNK):
+                yield path, tokens[i:min(i + _CHUNK, last)]
         offset += n_tokens
 
 

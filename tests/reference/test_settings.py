@@ -22,13 +22,10 @@ import pytest
 import torch
 
 from tests.helpers.scripts import ROOT, Script, script
-from tests.reference import naive_prepare, naive_report, naive_sample
-from tests.reference import test_prepare as prepare_tests
-from tests.reference import test_report as report_tests
+from tests.reference import naive_prepare, naive_report, naive_sample, prepare_cases, report_cases
 
 PREPARE, SAMPLE = 'data/tiny_stories/prepare.py', 'sample.py'
-EXPORT, REPORT, BENCH = 'export.py', 'report.py', 'bench.py'
-NO_CASE = {PREPARE: {'bundle'}}  # which is about to be removed
+EXPORT, REPORT, BENCH = 'export.py', 'tools/report.py', 'tools/bench.py'
 CASES = {}
 no_gpu = not torch.cuda.is_available()
 
@@ -51,9 +48,9 @@ class World:
 
     def __init__(self, folder):
         self.kept = {}
-        self.folder, self.stories = folder, prepare_tests.corpus(200)
-        self.source = prepare_tests.write(folder / 's.jsonl', self.stories)
-        self.report = report_tests.World(folder)
+        self.folder, self.stories = folder, prepare_cases.corpus(200)
+        self.source = prepare_cases.write(folder / 's.jsonl', self.stories)
+        self.report = report_cases.World(folder)
         self.run = folder / 'writes'
         self.run.mkdir()
         torch.save(naive_sample.make_checkpoint(3, 4.0), self.run / 'best.pt')
@@ -65,7 +62,7 @@ class World:
         key = PREPARE, words
         if key not in self.kept:
             folder = self.folder / f'prepared-{len(self.kept)}'
-            self.kept[key] = prepare_tests.run(folder, self.source, '--val_percentage=20', *words)
+            self.kept[key] = prepare_cases.run(folder, self.source, '--val_percentage=20', *words)
         return self.kept[key]
 
     def written(self, *words):
@@ -82,7 +79,7 @@ class World:
         key = REPORT, words
         if key not in self.kept:
             flags = [f'--out_dir={self.report.run}', '--num_samples=3', '--max_new_tokens=20', *words]
-            self.kept[key] = report_tests.report(self.folder / 'settings.html', *once(flags))[1]
+            self.kept[key] = report_cases.report(self.folder / 'settings.html', *once(flags))[1]
         return self.kept[key]
 
 
@@ -106,7 +103,7 @@ def world(tmp_path_factory):
 
 @pytest.mark.parametrize('path', [PREPARE, SAMPLE, EXPORT, REPORT])
 def test_every_setting_has_a_case(path):
-    assert names_of(path) - NO_CASE.get(path, set()) == {name for script, name in CASES if script == path}
+    assert names_of(path) == {name for script, name in CASES if script == path}
 
 
 def refused(path, *words, status=2):
@@ -121,13 +118,13 @@ def refused(path, *words, status=2):
 def texts(meta, files):
     """Return the stories of both splits of plain characters, in their order."""
     tokenizer = naive_prepare.Char(json.loads(files['tokenizer.json']))
-    return {split: prepare_tests.texts_of(tokenizer, files[f'{split}_00000.bin']) for split in meta['splits']}
+    return {split: prepare_cases.texts_of(tokenizer, files[f'{split}_00000.bin']) for split in meta['splits']}
 
 
 @case(PREPARE, 'source')
 def source_is_what_is_prepared(world, folder):
-    other = prepare_tests.write(folder / 'other.txt', ['on', 'no', 'onno'])
-    _, files, meta = prepare_tests.run(folder / 'out', other)
+    other = prepare_cases.write(folder / 'other.txt', ['on', 'no', 'onno'])
+    _, files, meta = prepare_cases.run(folder / 'out', other)
     assert meta['source'] == str(other)
     found = texts(meta, files)
     assert sorted(found['train'] + found['val']) == ['no', 'on', 'onno']
@@ -138,7 +135,7 @@ def text_column_is_where_stories_stand(world, folder):
     rows = [{'text': f'a {i}', 'tale': f'b {i}'} for i in range(9)]
     (folder / 's.json').write_text(json.dumps(rows))
     for flags, letter in ([], 'a'), (['--text_column=tale'], 'b'):
-        _, files, meta = prepare_tests.run(folder / 'out', folder / 's.json', *flags)
+        _, files, meta = prepare_cases.run(folder / 'out', folder / 's.json', *flags)
         assert all(text[0] == letter for side in texts(meta, files).values() for text in side)
 
 
@@ -183,7 +180,7 @@ def data_percentage_takes_a_part(world, folder):
 @case(PREPARE, 'val_percentage')
 def val_percentage_holds_stories_out(world, folder):
     small = world.prepared()[2]
-    large = prepare_tests.run(folder / 'out', world.source, '--val_percentage=60')[2]
+    large = prepare_cases.run(folder / 'out', world.source, '--val_percentage=60')[2]
     counts = [meta['splits']['val']['stories'] for meta in (small, large)]
     assert 25 < counts[0] < 60 and 95 < counts[1] < 145
     assert large['splits']['train']['stories'] == 200 - counts[1]
@@ -201,7 +198,7 @@ def infill_rate_turns_stories_around(world, folder):
 
 @case(PREPARE, 'out_dir')
 def out_dir_is_where_the_data_goes(world, folder):
-    _, files, _ = prepare_tests.run(folder / 'deep' / 'er', world.source, '--val_percentage=20')
+    _, files, _ = prepare_cases.run(folder / 'deep' / 'er', world.source, '--val_percentage=20')
     assert files == world.prepared()[1]
     assert [path.name for path in folder.iterdir()] == ['deep']
 
@@ -209,7 +206,7 @@ def out_dir_is_where_the_data_goes(world, folder):
 @case(PREPARE, 'num_proc')
 def num_proc_is_the_number_of_workers(world, folder):
     """17 MB are two pieces, for two workers on two cores unless told; test_prepare.py has what two write."""
-    source = prepare_tests.write(folder / 's.txt', [f'{i} ' + 'The cat sat. ' * 13000 for i in range(101)])
+    source = prepare_cases.write(folder / 's.txt', [f'{i} ' + 'The cat sat. ' * 13000 for i in range(101)])
     running = Script(PREPARE, f'--source={source}', f'--out_dir={folder}/out', '--num_proc=1', '--offline')
     children = Path(f'/proc/{running.process.pid}/task/{running.process.pid}/children')
     most = 0
@@ -253,9 +250,9 @@ def offline_opens_no_connection(world, folder):
     proxy.n = 0
     not_tried = script(PREPARE, *words, '--offline', status=1, **nowhere).err
     assert "GPT-2's vocabulary is not in" in not_tried and 'cannot be downloaded' not in not_tried
-    if prepare_tests.GPT2_VOCABULARY:
+    if prepare_cases.GPT2_VOCABULARY:
         url = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/encoder.json'
-        shutil.copy(prepare_tests.GPT2_VOCABULARY, folder / hashlib.sha1(url.encode()).hexdigest())
+        shutil.copy(prepare_cases.GPT2_VOCABULARY, folder / hashlib.sha1(url.encode()).hexdigest())
         script(PREPARE, *words, '--offline', **nowhere)
         assert (folder / 'out' / 'tokenizer.tiktoken').exists()
     assert proxy.n == 0
@@ -554,7 +551,7 @@ def dtype_of_the_matrices(world, folder):
 # report.py --------------------------------------------------------------------
 
 def figures(page):
-    return {label: cells for label, (cells, _) in report_tests.rows_of(page).items()}
+    return {label: cells for label, (cells, _) in report_cases.rows_of(page).items()}
 
 
 def stories(page):
@@ -597,7 +594,7 @@ def init_from_of_the_report(world, folder):
 
 @case(REPORT, 'dataset')
 def dataset_is_what_to_evaluate_on(world, folder):
-    data, _ = report_tests.prepare(folder / 'mine', report_tests.TRAIN[:9], report_tests.VAL[:4],
+    data, _ = report_cases.prepare(folder / 'mine', report_cases.TRAIN[:9], report_cases.VAL[:4],
                                    f'--tokenizer={world.report.data}')
     page = world.reported(f'--dataset={data}')
     assert facts(page)['data'] == 'mine' and facts(world.reported())['data'] == 'data'

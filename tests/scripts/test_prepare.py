@@ -313,17 +313,23 @@ def end(process):
     return process.returncode, err
 
 
+def children(process):
+    """Return the ids of the processes that a process has started, the first one first."""
+    found = subprocess.run(['pgrep', '-P', f'{process.pid}'], capture_output=True, text=True).stdout
+    return [int(pid) for pid in found.split()]
+
+
 @pytest.mark.parametrize('kill, ended', [
     (lambda run: os.killpg(run.pid, signal.SIGINT), (130, '')),
     (lambda run: run.kill(), (-signal.SIGKILL, '')),
-    (lambda run: os.kill(int(subprocess.check_output(['pgrep', '-P', f'{run.pid}']).split()[0]), 9),
+    (lambda run: os.kill(children(run)[0], signal.SIGKILL),
      (1, 'prepare.py: a worker process was killed, perhaps for lack of memory: try --num_proc 1\n')),
 ], ids=['ctrl-c', 'kill', 'kill a worker'])
 @linux_only
 def test_killed_run_leaves_the_old_data_and_no_worker(tmp_path, prepared, start, kill, ended):
     old = prepared(write(tmp_path / 's.txt'))
     run = start('--source', write(tmp_path / 'big.txt', BIG * 3), '--num_proc', '2', '--offline')
-    while not list(tmp_path.glob('out/.preparing-*/cache/tmp*')):  # workers write these files
+    while len(children(run)) < 3:  # two workers, and the process that manages their queue
         assert run.poll() is None
         time.sleep(0.01)
     kill(run)

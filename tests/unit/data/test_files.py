@@ -52,7 +52,7 @@ def test_lock_can_be_taken_again_after_its_context(tmp_path):
     OSError(errno.ENOSPC, 'No space left on device'),
     RuntimeError('Error while serializing: I/O error: No space left on device (os error 28)')], ids=repr)
 def test_report_write_errors_reports_a_full_disk(error):
-    line = r'^cannot write out/a \(No space left on device\): make room or name another --path; what was'
+    line = r'^cannot write out/a \(No space left on device\): free some space or name another --path; what'
     with pytest.raises(UserError, match=line), report_write_errors('out/a', '--path'):
         raise error
 
@@ -74,3 +74,11 @@ def test_write_atomically_keeps_the_old_file_if_writing_fails(tmp_path):
         write_atomically(path, fail)
     assert path.read_bytes() == b'old'
     assert os.listdir(tmp_path) == ['a']
+
+
+def test_report_write_errors_tells_a_removed_folder_from_one_that_cannot_be_made(tmp_path):
+    with pytest.raises(UserError, match='was removed or renamed'), report_write_errors('out'):
+        (tmp_path / 'gone' / 'file').write_text('')
+    with pytest.raises(UserError, match='name another --out_dir'), report_write_errors('out'):
+        (tmp_path / 'file').touch()
+        (tmp_path / 'file' / 'folder').mkdir()
