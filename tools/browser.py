@@ -1,7 +1,7 @@
-"""A headless Chromium that tests and bench.py look into and use as a person would: keys, a mouse, a finger.
+"""A headless Chromium that tests and bench.py use as a person would: with keys, a mouse and a finger.
 
-It is driven by the DevTools protocol over two pipes, its file descriptors 3 and 4: JSON, a NUL behind each
-message.
+It is driven by the DevTools protocol over two pipes, its file descriptors 3 and 4. Each message is a JSON
+object, and a NUL byte ends it.
 https://chromedevtools.github.io/devtools-protocol
 """
 
@@ -16,42 +16,61 @@ from contextlib import suppress
 
 from configurator import UserError
 
-PROGRAM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-CODES = {'Backspace': 8, 'Tab': 9, 'Enter': 13, 'Escape': 27, ' ': 32, 'ArrowLeft': 37, 'ArrowRight': 39}
-TEXTS = {'Enter': '\r', ' ': ' '}
-COMMANDS = {'a': 'selectAll', 'c': 'copy', 'v': 'paste'}
+PROGRAM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+KEY_CODES = {
+    'Backspace': 8, 'Tab': 9, 'Enter': 13, 'Escape': 27, ' ': 32, 'ArrowLeft': 37, 'ArrowRight': 39}
+TEXTS = {'Enter': '\r', ' ': ' '}  # that a key enters
+COMMANDS = {'a': 'selectAll', 'c': 'copy', 'v': 'paste'}  # of a letter with CTRL
 CTRL, META, SHIFT = 2, 4, 8
+MOUSE_FLAG = ('--blink-settings=primaryHoverType=2,availableHoverTypes=2,primaryPointerType=4,'
+              'availablePointerTypes=4')
 
 
 class Browser:
-    """One window. `requests` are the addresses which the open file and its workers have asked for,
-    `complaints` what would stand in the console."""
+    """One window of Chromium.
+
+    requests: the addresses that the open file and its workers have asked for, a list.
+    complaints: errors and whatever else appeared in the console, a list.
+    """
 
     def __init__(self):
         if not PROGRAM:
-            raise UserError('there is no Chromium here: install chromium, or Google Chrome')
+            raise UserError('Chromium is not installed: install chromium, or Google Chrome')
         self.profile = tempfile.mkdtemp()
-        theirs, self.to = os.pipe()
-        self.from_, ours = os.pipe()
-        flags = ['--headless', '--no-sandbox', '--disable-gpu', '--remote-debugging-pipe',
-                 f'--user-data-dir={self.profile}',  # and it has a mouse
-                 '--blink-settings=primaryHoverType=2,availableHoverTypes=2,primaryPointerType=4,'
-                 'availablePointerTypes=4']
-        null = os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0
-        self.process = os.posix_spawn(PROGRAM, [PROGRAM, *flags, 'about:blank'], os.environ, file_actions=[
-            null, (os.POSIX_SPAWN_DUP2, theirs, 3), (os.POSIX_SPAWN_DUP2, ours, 4)])
-        os.close(theirs)
-        os.close(ours)
-        self.buffer, self.number, self.session, self.answers = b'', 0, None, {}
-        self.requests, self.complaints = [], []
-        while not (pages := self.targets()):
+        self.buffer = b''  # what we have read of messages that are not complete
+        self.number = 0  # of the last message that we have sent
+        self.session = None
+        self.answers = {}  # by number
+        self.requests = []
+        self.complaints = []
+        self.start()
+
+        pages = []
+        while not pages:
             time.sleep(0.01)
+            pages = self.targets()
         attached = self.send('Target.attachToTarget', targetId=pages[0]['targetId'], flatten=True)
         self.session = attached['sessionId']
         self.send('Page.enable')
         self.listen(self.session)
 
+    def start(self):
+        """Start Chromium with a pipe to it, `to`, and one from it, `from_`."""
+        its_input, self.to = os.pipe()
+        self.from_, its_output = os.pipe()
+        words = [PROGRAM, '--headless', '--no-sandbox', '--disable-gpu', '--remote-debugging-pipe',
+                 f'--user-data-dir={self.profile}', MOUSE_FLAG, 'about:blank']
+        file_actions = [
+            (os.POSIX_SPAWN_OPEN, 2, os.devnull, os.O_WRONLY, 0),  # no stderr
+            (os.POSIX_SPAWN_DUP2, its_input, 3),
+            (os.POSIX_SPAWN_DUP2, its_output, 4),
+        ]
+        self.process = os.posix_spawn(PROGRAM, words, os.environ, file_actions=file_actions)
+        os.close(its_input)
+        os.close(its_output)
+
     def close(self):
+        """Quit Chromium and remove its files."""
         self.session = None
         self.send('Browser.close')
         os.waitpid(self.process, 0)
@@ -60,45 +79,53 @@ class Browser:
         shutil.rmtree(self.profile, ignore_errors=True)
 
     def targets(self):
-        return [one for one in self.send('Target.getTargets')['targetInfos'] if one['type'] == 'page']
+        """Return the open pages."""
+        targets = self.send('Target.getTargets')['targetInfos']
+        return [target for target in targets if target['type'] == 'page']
 
     def listen(self, session):
+        """Ask for the events of a page or worker, and of the workers that it starts."""
         for domain in 'Runtime', 'Log', 'Network':
             self.send(f'{domain}.enable', session=session)
         self.send('Target.setAutoAttach', session=session, autoAttach=True, waitForDebuggerOnStart=True,
                   flatten=True)
 
-    # Messages
+    # messages -------------------------------------------------------------------
 
     def send(self, method, session=None, **params):
-        """The answer to a message. Raises RuntimeError if it is an error."""
+        """Send a message and return its answer. Raises RuntimeError if the answer is an error."""
         self.number += 1
-        number, session = self.number, session or self.session
+        number = self.number
         message = {'id': number, 'method': method, 'params': params}
-        message |= {'sessionId': session} if session else {}
+        session = session or self.session
+        if session:
+            message['sessionId'] = session
         os.write(self.to, json.dumps(message).encode() + b'\0')
         while number not in self.answers:
-            answer = self.read()
-            if 'id' in answer:
-                self.answers[answer['id']] = answer
+            received = self.read()
+            if 'id' in received:
+                self.answers[received['id']] = received
             else:
-                self.event(**answer)  # which may itself send
+                self.handle_event(**received)  # which may itself send messages
         answer = self.answers.pop(number)
         if 'error' in answer:
             raise RuntimeError(f'{method}: {answer["error"]}')
         return answer['result']
 
     def read(self):
+        """Return the next message from Chromium."""
         while b'\0' not in self.buffer:
-            if not select.select([self.from_], [], [], 30)[0]:
-                raise TimeoutError('Chromium is silent')
-            if not (more := os.read(self.from_, 2**20)):
+            ready, _, _ = select.select([self.from_], [], [], 30)
+            if not ready:
+                raise TimeoutError('Chromium does not answer')
+            data = os.read(self.from_, 2**20)
+            if not data:
                 raise RuntimeError('Chromium has ended')
-            self.buffer += more
+            self.buffer += data
         message, _, self.buffer = self.buffer.partition(b'\0')
         return json.loads(message)
 
-    def event(self, method, params, **_):
+    def handle_event(self, method, params, **_):
         if method == 'Network.requestWillBeSent':
             self.requests.append(params['request']['url'])
         elif method == 'Log.entryAdded':
@@ -108,71 +135,86 @@ class Browser:
         elif method == 'Runtime.consoleAPICalled':
             self.complaints.append(params['args'])
         elif method == 'Target.attachedToTarget' and params['waitingForDebugger']:
-            with suppress(RuntimeError):  # one that has ended meanwhile
+            with suppress(RuntimeError):  # the worker may have ended meanwhile
                 self.listen(params['sessionId'])
                 self.send('Runtime.runIfWaitingForDebugger', session=params['sessionId'])
 
-    # What there is to see
+    # looking at a page ----------------------------------------------------------
 
     def open(self, path, before=''):
-        """A file, wherein the script `before` runs first, until all of it is read."""
-        self.requests, self.complaints = [], []
-        first = self.send('Page.addScriptToEvaluateOnNewDocument', source=before)['identifier']
-        self.send('Page.navigate', url=path.as_uri())
-        self.wait(f"location.href === {json.dumps(path.as_uri())} && document.readyState === 'complete'")
-        self.send('Page.removeScriptToEvaluateOnNewDocument', identifier=first)
+        """Open a file and wait until it is loaded. `before`: a script to run in it first."""
+        self.requests = []
+        self.complaints = []
+        script = self.send('Page.addScriptToEvaluateOnNewDocument', source=before)
+        url = path.as_uri()
+        self.send('Page.navigate', url=url)
+        self.wait(f"location.href === {json.dumps(url)} && document.readyState === 'complete'")
+        self.send('Page.removeScriptToEvaluateOnNewDocument', identifier=script['identifier'])
 
     def js(self, expression):
+        """Return the value of a JavaScript expression, or of what it promises."""
         answer = self.send('Runtime.evaluate', expression=expression, returnByValue=True, awaitPromise=True)
         if 'exceptionDetails' in answer:
             raise RuntimeError(answer['exceptionDetails'])
         return answer['result'].get('value')
 
     def wait(self, expression, seconds=10):
-        """Until the expression is true; returns its value."""
+        """Wait until a JavaScript expression is true, and return its value."""
         end = time.monotonic() + seconds
-        while not (value := self.js(expression)):
-            assert time.monotonic() < end, f'never true: {expression}'
+        while True:
+            value = self.js(expression)
+            if value:
+                return value
+            if time.monotonic() > end:
+                raise AssertionError(f'never true: {expression}')
             time.sleep(0.005)
-        return value
 
     def look(self, width=1280, height=900, dark=False, still=False):
-        """As a window of this size has it, dark or light, with motion or without. A small one: a phone's."""
+        """Give the window a size, that of a phone if it is narrow; prefer dark colours, or no motion."""
+        is_phone = width < 600
         self.send('Emulation.setDeviceMetricsOverride', width=width, height=height, deviceScaleFactor=1,
-                  mobile=width < 600)
-        self.send('Emulation.setTouchEmulationEnabled', enabled=width < 600)
-        wishes = {'color-scheme': 'dark' if dark else 'light', 'reduced-motion': 'reduce' if still else ''}
-        self.send('Emulation.setEmulatedMedia',
-                  features=[{'name': f'prefers-{name}', 'value': wish} for name, wish in wishes.items()])
+                  mobile=is_phone)
+        self.send('Emulation.setTouchEmulationEnabled', enabled=is_phone)
+        self.send('Emulation.setEmulatedMedia', features=[
+            {'name': 'prefers-color-scheme', 'value': 'dark' if dark else 'light'},
+            {'name': 'prefers-reduced-motion', 'value': 'reduce' if still else ''},
+        ])
 
     def picture(self, path):
+        """Save a screenshot as PNG."""
         path.write_bytes(base64.b64decode(self.send('Page.captureScreenshot')['data']))
 
     def heard(self):
-        """What a screen reader finds: (role, name, description) of everything."""
-        nodes = self.send('Accessibility.getFullAXTree')['nodes']
-        return [tuple(node.get(key, {}).get('value', '') for key in ('role', 'name', 'description'))
-                for node in nodes]
+        """Return what a screen reader finds: (role, name, description) of each node."""
+        found = []
+        for node in self.send('Accessibility.getFullAXTree')['nodes']:
+            values = [node.get(key, {}).get('value', '') for key in ('role', 'name', 'description')]
+            found.append(tuple(values))
+        return found
 
-    # What a person does
+    # what a person does ---------------------------------------------------------
 
     def press(self, key, held=0, times=1):
-        """A key by its name, as in CODES, or a letter with CTRL, as in COMMANDS."""
-        press = {'key': key, 'windowsVirtualKeyCode': CODES.get(key) or ord(key.upper()), 'modifiers': held}
-        what = {'commands': [COMMANDS[key]]} if key in COMMANDS else {'text': TEXTS.get(key, '')}
+        """Press a key: one of KEY_CODES, or with CTRL held a letter of COMMANDS."""
+        code = KEY_CODES.get(key) or ord(key.upper())
+        event = {'key': key, 'windowsVirtualKeyCode': code, 'modifiers': held}
+        if key in COMMANDS:
+            event['commands'] = [COMMANDS[key]]
+        else:
+            event['text'] = TEXTS.get(key, '')
         for _ in range(times):
-            self.send('Input.dispatchKeyEvent', type='keyDown', **press, **what)
-            self.send('Input.dispatchKeyEvent', type='keyUp', **press)
+            self.send('Input.dispatchKeyEvent', type='keyDown', **event)
+            self.send('Input.dispatchKeyEvent', type='keyUp', **event)
 
     def type(self, text):
-        """Text, in place of what the field has."""
+        """Replace the content of the focused field by a text."""
         self.press('a', CTRL)
         self.press('Backspace')
         for letter in text:
             self.send('Input.dispatchKeyEvent', type='char', text=letter)
 
     def place(self, selector, nth=0):
-        """The middle of an element's first line, scrolled into sight."""
+        """Scroll an element into view and return the middle of its first line, {'x', 'y'}."""
         return self.js(f"""(() => {{
             const element = document.querySelectorAll({json.dumps(selector)})[{nth}];
             element.scrollIntoView({{block: 'nearest'}});
@@ -181,21 +223,25 @@ class Browser:
         }})()""")
 
     def move(self, selector, nth=0):
+        """Move the mouse to an element."""
         self.send('Input.dispatchMouseEvent', type='mouseMoved', **self.place(selector, nth))
 
     def click(self, selector, nth=0):
+        """Click an element."""
         self.move(selector, nth)
-        at = {**self.place(selector, nth), 'button': 'left', 'clickCount': 1}
-        for what in 'mousePressed', 'mouseReleased':
-            self.send('Input.dispatchMouseEvent', type=what, **at)
+        place = self.place(selector, nth)
+        for event in 'mousePressed', 'mouseReleased':
+            self.send('Input.dispatchMouseEvent', type=event, button='left', clickCount=1, **place)
 
     def touch(self, selector, nth=0):
-        """Put a finger there."""
+        """Put a finger on an element."""
         self.send('Input.dispatchTouchEvent', type='touchStart', touchPoints=[self.place(selector, nth)])
 
+    def lift(self):
+        """Lift the finger."""
+        self.send('Input.dispatchTouchEvent', type='touchEnd', touchPoints=[])
+
     def tap(self, selector, nth=0):
+        """Touch an element and lift the finger."""
         self.touch(selector, nth)
         self.lift()
-
-    def lift(self):
-        self.send('Input.dispatchTouchEvent', type='touchEnd', touchPoints=[])
