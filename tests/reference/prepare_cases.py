@@ -69,7 +69,7 @@ def write(path, stories, column='text'):
 
 def read_back(folder):
     """Return what is in a prepared folder, {name: bytes}, and its meta.json."""
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    files = {path.name: path.read_bytes() for path in folder.glob('[!.]*')}
     return files, json.loads(files.pop('meta.json'))
 
 
@@ -106,3 +106,10 @@ def check(tmp_path, source, words=(), learn=naive.Char, parts_of=naive.sentences
 
 def printed_config(values):
     return ' config/infill.py' if values.get('infill_rate') else ''
+
+
+def texts_of(tokenizer, data):
+    """Return the stories in a shard of plain stories."""
+    stream = np.frombuffer(data, '<u2')
+    stories = np.split(stream, np.flatnonzero(stream == 1))[1:]
+    return [tokenizer.decode(story[1:].tolist()) for story in stories]

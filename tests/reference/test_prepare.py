@@ -240,13 +240,6 @@ def test_built_in_corpus(tmp_path):
     assert digest(files) == PROMISED['sample, seed 1, infilling']
 
 
-def texts_of(tokenizer, data):
-    """Return the stories in a shard of plain stories."""
-    stream = np.frombuffer(data, '<u2')
-    stories = np.split(stream, np.flatnonzero(stream == 1))[1:]
-    return [tokenizer.decode(story[1:].tolist()) for story in stories]
-
-
 # token files of others --------------------------------------------------------
 
 def tokens_check(tmp_path, folder, words, streams, tokenizer):

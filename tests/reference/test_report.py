@@ -8,6 +8,7 @@ import pytest
 
 from tests.reference import naive_prepare, naive_report, naive_sample
 from tests.reference.report_cases import (
+    story,
     LIMIT,
     TRAIN,
     VAL,
@@ -45,7 +46,7 @@ def page(world):
 
 
 RECORDS = [{'iter': 0, 'loss': 5.5, 'lr': 0.1, 'seconds': 1.0}, {'iter': 4, 'val_loss': 4.5, 'val_acc': 0.25},
-           {'iter': 4, 'loss': 4.0, 'lr': 0.2, 'val_part_loss': 4.25, 'seconds': 62.0}]
+           {'iter': 4, 'loss': 4.0, 'lr': 0.2, 'seconds': 62.0}]
 
 
 def test_every_figure(world, page):
@@ -67,14 +68,14 @@ def test_stories_to_look_at(world, page, tmp_path):
     (shown,) = page['runs']
     assert [(story['text'], story['prompt']) for story in shown['stories']] == [
         (text, len(start)) for text, start in zip(texts, starts, strict=True)]
-    for story in shown['stories']:
-        start, stop, n_words = naive_report.longest_copy(story['text'], TRAIN)
-        assert (story['copied'], story['words']) == ([start, stop], n_words)
+    for item in shown['stories']:
+        start, stop, n_words = naive_report.longest_copy(item['text'], TRAIN)
+        assert (item['copied'], item['words']) == ([start, stop], n_words)
         if n_words:
-            run = tuple(naive_report.words(story['text'][start:stop]))
-            assert story['source'] in TRAIN and run in naive_report.runs(story['source'], n_words)
+            run = tuple(naive_report.words(item['text'][start:stop]))
+            assert item['source'] in TRAIN and run in naive_report.runs(item['source'], n_words)
         else:
-            assert story['source'] == ''
+            assert item['source'] == ''
     assert any(story['words'] for story in shown['stories'])
 
 
@@ -106,7 +107,7 @@ def test_facts_and_curves(world, page):
     step = 4 * 3 * 128
     assert shown['curves'] == {
         'loss': [[0, 0, 1.0, 5.5], [4, 4 * step, 62.0, 4.0]], 'val_loss': [[4, 4 * step, None, 4.5]],
-        'val_part_loss': [[4, 4 * step, 62.0, 4.25]], 'val_acc': [[4, 4 * step, None, 0.25]],
+        'val_acc': [[4, 4 * step, None, 0.25]],
         'lr': [[0, 0, 1.0, 0.1], [4, 4 * step, 62.0, 0.2]]}
     assert shown['samples'] == [[0, '<b>a</b>']] and shown['settings']['batch_size'] == 4
     assert page['title'] == shown['name'] == str(world.run)

@@ -520,7 +520,7 @@ def format_is_what_is_written(world, folder):
     assert (folder / 'llama2c-int8' / 'model.bin').read_bytes()[:8] == struct.pack('<Ii', 0x616B3432, 2)
     check_hugging_face(folder / 'hf', checkpoint)
     assert (folder / 'html').read_text().startswith('<!DOCTYPE html>')
-    assert 'type --format' in refused(EXPORT, f'--out_dir={folder}', '--format=onnx', f'--path={folder}/x')
+    assert 'format' in refused(EXPORT, f'--out_dir={folder}', '--format=onnx', f'--path={folder}/x')
 
 
 @case(EXPORT, 'path')
