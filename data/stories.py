@@ -16,7 +16,7 @@ from urllib.request import Request, urlopen
 
 from configurator import UserError, script_path, user_errors
 from data.tiny_stories import sample_stories
-from data.workers import Workers, available_cores
+from data.workers import Workers, available_cores, call_in_worker
 
 DELIMITER = '<|endoftext|>'  # between two stories of a .txt
 LOADERS = {'.txt': 'ours', '.jsonl': 'json', '.json': 'json', '.csv': 'csv', '.parquet': 'parquet'}
@@ -53,14 +53,12 @@ def load_stories(source, cache, column='', percentage=100.0, seed=1337, offline=
     else:
         import_datasets(offline=True)
         return load_story_files(path, cache, column, percentage)
-    import datasets
 
     names, remark = group_by_split(named)
     splits = {}
     for split in names:
-        parts = [only_text(named[name], source, column) for name in names[split]]
-        splits[split] = datasets.concatenate_datasets(parts)
-    return datasets.DatasetDict(splits), remark
+        splits[split] = [only_text(named[name], source, column) for name in names[split]]
+    return concatenate(splits), remark
 
 
 def import_datasets(offline):
@@ -159,18 +157,16 @@ def load_saved_dataset(path):
 
 def load_story_files(path, cache, column, percentage):
     """Return (DatasetDict, remark) of a file or a folder of files, as load_stories does."""
-    import datasets
-
     files = find_story_files(path)
     names, remark = group_by_split(files)
     splits = {}
     for split in names:
         parts = load_files([files[name] for name in names[split]], cache / f'{split}.arrow', column)
-        parts = [only_text(part, path, column) for part in parts]
-        splits[split] = datasets.concatenate_datasets(parts)
-    if is_document(path, splits['train']):
-        splits = split_document(splits['train'][0]['text'], percentage)
-    return datasets.DatasetDict(splits), remark
+        splits[split] = [only_text(part, path, column) for part in parts]
+    stories = concatenate(splits)
+    if is_document(path, stories['train']):
+        stories = split_document(stories['train'][0]['text'], percentage)
+    return stories, remark
 
 
 def find_story_files(path):
@@ -281,7 +277,7 @@ def is_document(path, stories):
 
 
 def split_document(text, percentage):
-    """Return {split: Dataset}: as in nanoGPT, the first 90% of the characters are for training.
+    """Return a DatasetDict: as in nanoGPT, the first 90% of the characters are for training.
 
     Of both parts, the first `percentage` percent are taken.
     """
@@ -292,7 +288,7 @@ def split_document(text, percentage):
     for split, part in ('train', text[:cut]), ('validation', text[cut:]):
         length = max(1, int(len(part) * (percentage / 100)))
         splits[split] = datasets.Dataset.from_dict({'text': [part[:length]]})
-    return splits
+    return datasets.DatasetDict(splits)
 
 
 # splits and columns -------------------------------------------------------------
@@ -329,8 +325,6 @@ def group_by_split(names):
 
 def only_text(dataset, name, column):
     """Return the Dataset with only its column of stories, named `text`. Raises UserError if it has none."""
-    import datasets
-
     wanted = [column] if column else ['text', 'story']
     found = [column for column in wanted if column in dataset.column_names]
     if not found:
@@ -339,9 +333,23 @@ def only_text(dataset, name, column):
     feature = dataset.features[found[0]]
     if getattr(feature, 'dtype', '') not in ('string', 'large_string'):
         raise UserError(f'{name} has no text in its column {found[0]!r} but {feature}')
-    dataset = dataset.select_columns(found[0]).rename_columns({found[0]: 'text'})
-    # one type for all, so that they can be concatenated: CSV files come as large_string
-    return dataset.cast_column('text', datasets.Value('large_string'))
+    return dataset.select_columns(found[0]).rename_columns({found[0]: 'text'})
+
+
+def concatenate(splits):
+    """Return a DatasetDict of {split: list of Datasets}."""
+    import datasets
+
+    types = set()
+    for parts in splits.values():
+        types |= {part.features['text'].dtype for part in parts}
+    concatenated = {}
+    for split, parts in splits.items():
+        if len(types) > 1:  # CSV files come as large_string, other files as string
+            with Workers():
+                parts = [part.cast_column('text', datasets.Value('large_string')) for part in parts]
+        concatenated[split] = datasets.concatenate_datasets(parts)
+    return datasets.DatasetDict(concatenated)
 
 
 # map ----------------------------------------------------------------------------
@@ -364,6 +372,12 @@ def map_stories(stories, function, description, columns, cache, num_proc=0, **ar
         processes = None
     with Workers():
         return stories.map(
-            function, batched=True, fn_kwargs=arguments, num_proc=processes, desc=description,
-            remove_columns=stories.column_names, cache_file_name=str(cache / f'{description}.arrow'),
-            features=datasets.Features({name: datasets.Value(kind) for name, kind in columns.items()}))
+            call_in_worker,
+            fn_kwargs={'function': function} | arguments,
+            batched=True,
+            num_proc=processes,
+            desc=description,
+            remove_columns=stories.column_names,
+            features=datasets.Features({name: datasets.Value(kind) for name, kind in columns.items()}),
+            cache_file_name=str(cache / f'{description}.arrow'),
+        )

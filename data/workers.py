@@ -47,10 +47,11 @@ class Workers:
             multiprocess.set_start_method('fork', force=True)  # which is not the default of Python 3.14
             register_fork_hooks()
         self.handlers = {
-            signal.SIGINT: signal.signal(signal.SIGINT, self.on_interrupt),
             signal.SIGCHLD: signal.signal(signal.SIGCHLD, self.on_child_end),
             signal.SIGALRM: signal.signal(signal.SIGALRM, self.on_alarm),
         }
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as it is for a background job
+            self.handlers[signal.SIGINT] = signal.signal(signal.SIGINT, self.on_interrupt)
         Workers.active = self
 
     def __exit__(self, kind, error, traceback):
@@ -86,6 +87,15 @@ class Workers:
             raise KeyboardInterrupt
         else:
             raise UserError(WORKER_KILLED)
+
+
+def call_in_worker(batch, function, **arguments):
+    """Return function(batch, **arguments). A worker leaves Ctrl-C to its parent, even if it is not forked."""
+    import multiprocess
+
+    if multiprocess.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return function(batch, **arguments)
 
 
 def end_children():

@@ -1,4 +1,4 @@
-"""A stand-in of the Hugging Face hub on 127.0.0.1, with one data set, reached by HF_ENDPOINT."""
+"""A stand-in for the Hugging Face hub on 127.0.0.1, with one dataset; set HF_ENDPOINT to its `endpoint`."""
 
 import hashlib
 import json
@@ -10,13 +10,13 @@ COMMIT = 'a' * 40
 
 
 class Hub(ThreadingHTTPServer):
-    """A context in which the files {path: bytes} of the data set `name` are served at `endpoint`."""
+    """A context in which the files ({path: bytes}) of the dataset `name` are served at `endpoint`."""
 
     def __init__(self, name, files):
         super().__init__(('127.0.0.1', 0), Handler)
         self.name, self.files, self.endpoint = name, files, f'http://127.0.0.1:{self.server_port}'
-        self.downloaded = []  # (path of a file, from which byte on)
-        self.break_off = {}  # {path of a file: number of bytes after which its next download ends}
+        self.downloaded = []  # (path of a file, first byte of the download)
+        self.break_off = {}  # {path of a file: number of bytes after which its next download breaks off}
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def server_close(self):
@@ -29,7 +29,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         name, files = self.server.name, self.server.files
-        user, repo = name.split('/')  # an old name may leave out the user
+        user, repo = name.split('/')  # a request may leave out the user
         about = re.fullmatch(f'/(?:api/)?datasets/(?:{user}/)?{repo}/?([a-z]*)/?[^/]*/?(.*)',
                              self.path.split('?')[0])
         kind, path = about.groups() if about else ('', '')
@@ -60,12 +60,13 @@ class Handler(BaseHTTPRequestHandler):
     def tree(self, folder, everything):
         files = self.server.files
         paths = {folder + path[len(folder):].split('/')[0] for path in files if path.startswith(folder)}
-        paths |= {*files} if everything else {*()}
+        if everything:
+            paths |= set(files)
         return [{'type': 'file' if path in files else 'directory', 'path': path, 'oid': COMMIT,
                  'size': len(files.get(path, ''))} for path in sorted(paths)]
 
     def answer(self, status, body, headers, sent=None):
-        """The first `sent` bytes of the body alone, if that is given: the connection breaks off."""
+        """Answer a request; if `sent` is given, the connection breaks off after so many bytes of the body."""
         self.send_response(status)
         for name, value in (headers | {'Content-Length': len(body)}).items():
             self.send_header(name, value)

@@ -482,6 +482,13 @@ def test_tip_follows_the_mouse(page):
     assert tip(window) == ''
 
 
+def test_second_click_on_a_token_shows_the_tip_again(page):
+    window = coloured_story(page)
+    for _ in range(2):  # the second one neither enters the token nor gives it the focus
+        window.click('.piece')
+        assert tip(window).startswith(',: 99%')
+
+
 def test_tip_disappears_with_the_colours_and_with_the_next_story(page):
     window = coloured_story(page, pace=20)
     for end in 'form.requestSubmit()', 'colours.click()':
