@@ -26,7 +26,7 @@ out_dir = 'out-tiny-stories'  # folder of the run
 ckpt = 'best'  # best (lowest validation loss) or last
 init_from = ''  # a model to use instead: a checkpoint, a Hugging Face folder, or llama2.c's .bin
 start = ''  # how every story starts: a text, or FILE:path
-one_per_line = False  # each line of the file starts num_samples stories of its own
+one_per_line = False  # each line of the file starts num_samples stories
 first_sentence = ''  # infilling: the first sentence of a story whose middle the model writes
 last_sentence = ''  # infilling: the last sentence of that story
 num_samples = 3  # number of stories; as many as fit into memory are written side by side
@@ -79,7 +79,7 @@ def make_model(checkpoint, torch_device):
         raise SettingError(str(error)) from None
 
 
-# what to write ------------------------------------------------------------------
+# requests -----------------------------------------------------------------------
 
 @dataclass
 class Request:

@@ -66,7 +66,7 @@ def make_norm_function(norm):
     weight = torch.cat((norm.weight, norm.weight)).detach()
 
     def rms_norm(x):
-        # LayerNorm has a kernel of its own. That of (x, -x), whose mean is 0, is the RMSNorm of x.
+        # LayerNorm has a fast kernel. The mean of (x, -x) is 0, so its LayerNorm is the RMSNorm of x.
         both = F.layer_norm(torch.cat((x, -x), -1), (2 * C,), weight, None, norm.eps)
         return both[..., :C].contiguous()
 

@@ -139,7 +139,8 @@ def train_nanogpt(checkout, val_ids, settings):
     saved = torch.load(checkout / 'out-bench' / 'ckpt.pt', weights_only=True)
     shape = {name: size for name, size in saved['model_args'].items() if name in SHAPE_NAMES}
     model = make_peer_model(checkout, shape).eval()
-    weights = {name.removeprefix('_orig_mod.'): w for name, w in saved['model'].items()}  # of torch.compile
+    weights = saved['model'].items()
+    weights = {name.removeprefix('_orig_mod.'): w for name, w in weights}  # torch.compile adds the prefix
     model.load_state_dict(weights)
     loss = nanogpt_loss(model, val_ids, shape['block_size'])
     return seconds_of_steps(times, saved['iter_num'], evaluated), loss
@@ -208,7 +209,7 @@ def llama2c_generation_rate(checkout, folder, model, n_tokens):
 def llamacpp_generation_rate(folder, model, n_tokens, temperature, top_k):
     """Return the tokens/s that llama.cpp reports, in q8_0 with flash attention.
 
-    It runs in a process of its own, because its threads keep spinning for a while.
+    It runs in another process, because its threads keep spinning for a while.
     """
     path = folder / 'model.gguf'
     if not path.exists():

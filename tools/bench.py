@@ -127,7 +127,7 @@ def check_packages():
         from matplotlib import figure  # noqa: F401
 
 
-# what all of them use -------------------------------------------------------------
+# for all benchmarks ----------------------------------------------------------------
 
 def prepare(source, folder, **flags):
     """Run prepare.py."""
@@ -211,14 +211,19 @@ def time_to_loss():
             for name, result in zip(names, (theirs, short, long), strict=True):
                 results[name].append(result)
 
+    return compare_times(results, recipe['target'])
+
+
+def compare_times(results, target):
+    """Print and return the medians. results: {name: (seconds, loss) of each round} of the three sides."""
     spent, losses = [], []
-    for name in names:
-        spent.append(median(train_seconds for train_seconds, _ in results[name]))
-        losses.append(median(loss for _, loss in results[name]))
+    for name, rounds in results.items():
+        spent.append(median(train_seconds for train_seconds, _ in rounds))
+        losses.append(median(loss for _, loss in rounds))
         print(f'{name:24} {spent[-1]:8.2f} s of training, {losses[-1]:.4f} nats per character')
-    reached = losses[1] <= recipe['target']
-    ratio = spent[0] / spent[1] if reached else 0.0
-    return {'seconds': spent, 'losses': losses, 'target': recipe['target'], 'ratio': ratio}
+    _, loss_of_ours, _ = losses
+    ratio = spent[0] / spent[1] if loss_of_ours <= target else 0.0
+    return {'seconds': spent, 'losses': losses, 'target': target, 'ratio': ratio}
 
 
 # training -------------------------------------------------------------------------

@@ -20,7 +20,7 @@ PROGRAM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil
 KEY_CODES = {
     'Backspace': 8, 'Tab': 9, 'Enter': 13, 'Escape': 27, ' ': 32, 'ArrowLeft': 37, 'ArrowRight': 39}
 TEXTS = {'Enter': '\r', ' ': ' '}  # that a key enters
-COMMANDS = {'a': 'selectAll', 'c': 'copy', 'v': 'paste'}  # of a letter with CTRL
+COMMANDS = {'a': 'selectAll', 'c': 'copy', 'v': 'paste'}  # CTRL and a letter
 CTRL, META, SHIFT = 2, 4, 8
 MOUSE_FLAG = ('--blink-settings=primaryHoverType=2,availableHoverTypes=2,primaryPointerType=4,'
               'availablePointerTypes=4')
@@ -37,10 +37,10 @@ class Browser:
         if not PROGRAM:
             raise UserError('Chromium is not installed: install chromium, or Google Chrome')
         self.profile = tempfile.mkdtemp()
-        self.buffer = b''  # what we have read of messages that are not complete
-        self.number = 0  # of the last message that we have sent
+        self.buffer = b''  # the part of a message that we have read so far
+        self.number = 0  # the id of our last message
         self.session = None
-        self.answers = {}  # by number
+        self.answers = {}  # by id
         self.requests = []
         self.complaints = []
         self.start()
@@ -106,7 +106,7 @@ class Browser:
             if 'id' in received:
                 self.answers[received['id']] = received
             else:
-                self.handle_event(**received)  # which may itself send messages
+                self.handle_event(**received)  # this may send messages, too
         answer = self.answers.pop(number)
         if 'error' in answer:
             raise RuntimeError(f'{method}: {answer["error"]}')

@@ -45,7 +45,7 @@ def read_stories(split, tokenizer, chunk_size=2**22):
 
     Tokens before the first delimiter are a story, too: not all token files begin with a delimiter.
     """
-    rest = np.zeros(0, np.uint16)  # of a story that the next chunk continues
+    rest = np.zeros(0, np.uint16)  # the start of a story that the next chunk continues
     for start in range(0, split.n_tokens, chunk_size):
         ids = np.concatenate((rest, split.read(start, chunk_size)))
         *stories, rest = np.split(ids, np.flatnonzero(ids == tokenizer.delimiter))
@@ -108,7 +108,7 @@ def compression(stories, n_bytes):
 
 @dataclass
 class Match:
-    """What of a story also occurs in the training text.
+    """The parts of a story that also occur in the training text.
 
     Example: the story 'Oh! A B C D E, and.' and a training story 'a b c d e' give
         copied   [0, 5, 0, 0, 0, 0, 0]
@@ -167,7 +167,7 @@ def find_runs(ours, theirs):
     lengths = np.zeros(len(ours), int)
     places = np.zeros(len(ours), int)
     n = SHORTEST_COPY
-    our_starts = np.arange(len(ours) - n + 1)  # of the runs of n words
+    our_starts = np.arange(len(ours) - n + 1)  # where runs of n words start
     their_starts = np.arange(len(theirs) - n + 1)
     our_hashes = np.zeros(len(our_starts), np.uint64)
     their_hashes = np.zeros(len(their_starts), np.uint64)
@@ -194,40 +194,48 @@ def find_runs(ours, theirs):
     return lengths, places
 
 
-def find_copies(stories, training):
-    """Return the Match of each of `stories`, a list of str, in `training`, an iterable of str (read once)."""
-    our_words = [split_words(story) for story in stories]
-    numbers = {}  # of our words, from 1 on; the words that only the training text has are 0
-    for words in our_words:
-        for word in words:
-            numbers.setdefault(word, len(numbers) + 1)
-    our_end = len(numbers) + 1
-    ours = join_words(our_words, numbers, our_end)
-    copied = np.zeros(len(ours), int)
-    sources = np.full(len(ours), '', object)
-    is_known = np.zeros(our_end + 1, bool)  # by number
-    whole = set()
+class CopySearch:
+    """The words of our stories, and what of them the training stories have that were searched so far."""
 
-    training = iter(training)
-    while batch := list(islice(training, BATCH_SIZE)):
-        their_words = [split_words(story) for story in batch]
-        theirs = join_words(their_words, numbers, end=0)
-        story_of_word = np.repeat(np.array(batch, object), [len(words) + 1 for words in their_words])
-        lengths, places = find_runs(ours, theirs)
-        is_longer = lengths > copied
-        copied[is_longer] = lengths[is_longer]
-        sources[is_longer] = story_of_word[places[is_longer]]
-        is_known[theirs] = True
-        whole.update(set(stories).intersection(batch))
+    def __init__(self, stories):
+        self.stories = stories
+        self.words = [split_words(story) for story in stories]
+        self.numbers = {}  # {word: number from 1 on}; words that only the training text has are 0
+        for words in self.words:
+            for word in words:
+                self.numbers.setdefault(word, len(self.numbers) + 1)
+        end = len(self.numbers) + 1
+        self.ids = join_words(self.words, self.numbers, end)
+        # for each position of ids: number of words in the longest copied run, and a story that has it
+        self.copied = np.zeros(len(self.ids), int)
+        self.sources = np.full(len(self.ids), '', object)
+        self.is_known = np.zeros(end + 1, bool)  # by number
+        self.whole = set()  # stories that are a training story
 
-    matches = []
-    start = 0
-    for story, words in zip(stories, our_words, strict=True):
-        part = slice(start, start + len(words))
-        longest, source = longest_copy(story, copied[part], sources[part])
-        matches.append(Match(story, copied[part], longest, source, is_known[ours[part]], story in whole))
-        start += len(words) + 1
-    return matches
+    def search(self, batch):
+        """Search a list of training stories."""
+        words_of_batch = [split_words(story) for story in batch]
+        theirs = join_words(words_of_batch, self.numbers, end=0)
+        story_of_word = np.repeat(np.array(batch, object), [len(words) + 1 for words in words_of_batch])
+        lengths, places = find_runs(self.ids, theirs)
+        is_longer = lengths > self.copied
+        self.copied[is_longer] = lengths[is_longer]
+        self.sources[is_longer] = story_of_word[places[is_longer]]
+        self.is_known[theirs] = True
+        self.whole.update(set(self.stories).intersection(batch))
+
+    def matches(self):
+        """Return the Match of each of our stories."""
+        matches = []
+        start = 0
+        for story, words in zip(self.stories, self.words, strict=True):
+            part = slice(start, start + len(words))
+            copied = self.copied[part]
+            longest, source = longest_copy(story, copied, self.sources[part])
+            known = self.is_known[self.ids[part]]
+            matches.append(Match(story, copied, longest, source, known, story in self.whole))
+            start += len(words) + 1  # one for the end of the story
+        return matches
 
 
 def longest_copy(story, copied, sources):
@@ -242,7 +250,16 @@ def longest_copy(story, copied, sources):
     return (start, stop, n_words), sources[first]
 
 
-# what the model finds likely ----------------------------------------------------
+def find_copies(stories, training):
+    """Return the Match of each of `stories`, a list of str, in `training`, an iterable of str (read once)."""
+    search = CopySearch(stories)
+    training = iter(training)
+    while batch := list(islice(training, BATCH_SIZE)):
+        search.search(batch)
+    return search.matches()
+
+
+# preferences of the model -------------------------------------------------------
 
 def split_last_sentence(stories):
     """Return (text before, white space and last sentence) of each story of at least three sentences."""
@@ -256,7 +273,6 @@ def split_last_sentence(stories):
     return found
 
 
-@torch.no_grad()
 def log_probs(model, tokenizer, before, texts):
     """Return the log-probabilities (nats) of `texts` after the text `before`, an array.
 
@@ -270,15 +286,20 @@ def log_probs(model, tokenizer, before, texts):
     room = block_size + 1 - max(len(tail) for tail in tails)  # the last token is not read
     if room <= block_size / 2:
         return np.full(len(texts), math.nan)
-    head = head[-room:]
+    return log_probs_of_tails(model, head[-room:], tails)
+
+
+@torch.no_grad()
+def log_probs_of_tails(model, head, tails):
+    """Return the log-probability of each of `tails` after `head`; all are arrays of token ids."""
     rows = [(np.append(head, tail), len(head)) for tail in tails]
-    longest = max(len(row) for row, _ in rows)
+    longest = max(len(ids) for ids, _ in rows)
     x, y = to_device(pad_infill_rows(rows, longest - 1), next(model.parameters()).device)
     is_target = y >= 0
     logits = model.lm_head(model.hidden(x)[is_target])
     of_targets = logits.log_softmax(-1, dtype=torch.float32).gather(1, y[is_target][:, None])
-    per_text = of_targets.split([len(tail) for tail in tails])
-    return np.array([log_p.sum().item() for log_p in per_text])
+    per_tail = of_targets.split([len(tail) for tail in tails])
+    return np.array([log_p.sum().item() for log_p in per_tail])
 
 
 def own_endings(model, tokenizer, stories):
@@ -377,8 +398,8 @@ class Figure:
     group: str
     label: str
     note: str
-    value: float  # of the model; nan if there is nothing to count
-    real: float = math.nan  # of as many real stories
+    value: float  # the model's; nan if there is nothing to count
+    real: float = math.nan  # the same of as many real stories
 
 
 @dataclass

@@ -50,10 +50,10 @@ out_dir = 'out-tiny-stories'  # folder of a run, or of several, separated by com
 ckpt = 'best'  # best (lowest validation loss) or last
 init_from = ''  # instead of out_dir: a checkpoint or a pretrained model, or several, separated by commas
 dataset = ''  # data to evaluate on: a folder under data/, or any path; '': what each run was trained on
-path = ''  # where to write the page; '': report.html in the folder of the first run
+path = ''  # the page to write; '': report.html in the folder of the first run
 num_samples = 100  # stories to write for the figures, and validation stories to compare them with
 max_new_tokens = 1000  # longest story
-temperature = 0.8  # of the stories; below 1 prefers likely tokens
+temperature = 0.8  # below 1 prefers likely tokens; 0: always take the likeliest
 top_p = 0.95  # sample from the likeliest tokens that together have this probability; 1: from all
 eval_iters = 0  # batches of the evaluation; 0: the whole validation split
 seed = 1337  # same seed, same stories
@@ -111,8 +111,8 @@ class Model:
     name: str  # as the user has named it
     gpt: GPT
     tokenizer: Tokenizer
-    settings: dict  # of the run that trained it; {} for a pretrained model
-    step: int  # of the checkpoint; 0 for a pretrained model
+    settings: dict  # the settings of its training; {} for a pretrained model
+    step: int  # steps of training; 0 for a pretrained model
     run: RunFolder
     data: Path  # the prepared folder
     train: Split
@@ -147,7 +147,7 @@ def is_plain(value):
     return isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value))
 
 
-# what is measured ---------------------------------------------------------------
+# measuring ----------------------------------------------------------------------
 
 def prediction_figures(model):
     """Evaluate a model on the validation split; return Figures."""
@@ -184,6 +184,16 @@ def write(model, prompts, what):
     return list(rows)
 
 
+def continue_first_words(model, texts):
+    """Let the model continue the first words of texts. Return (the first words, the stories), two lists."""
+    longest = model.gpt.config.block_size // 2
+    prompts = [first_words(text, model.tokenizer, longest) for text in texts]
+    rows = write(model, prompts, f'{len(prompts)} more for the page')
+    starts = [model.tokenizer.decode(prompt) for prompt in prompts]
+    stories = [model.tokenizer.decode([*prompt, *row]) for prompt, row in zip(prompts, rows, strict=True)]
+    return starts, stories
+
+
 def report_on(model):
     """Do all that needs the model. Return its Figures, and what the page shows of it, a dict for JSON."""
     tokenizer = model.tokenizer
@@ -198,10 +208,7 @@ def report_on(model):
     written_rows = write(model, [[]] * n, f'{n} stories')
     written_texts = [tokenizer.decode(row) for row in written_rows]
 
-    # stories for the page: the first words are those of a real story
-    starts = [first_words(text, tokenizer, model.gpt.config.block_size // 2) for text in real_texts[:_SHOWN]]
-    shown_rows = write(model, starts, f'{len(starts)} more to look at')
-    shown_texts = [tokenizer.decode([*start, *row]) for start, row in zip(starts, shown_rows, strict=True)]
+    starts, shown_texts = continue_first_words(model, real_texts[:_SHOWN])
 
     training = tqdm(read_stories(model.train, tokenizer), f'{model.name}: copies', unit=' stories',
                     leave=False, disable=None)
@@ -210,8 +217,8 @@ def report_on(model):
     written = Stories(written_rows, matches[n:2 * n])
     shown = zip(matches[2 * n:], starts, strict=True)
 
-    built_in = model.train.meta.get('source') == 'sample'
     figures = prediction_figures(model)
+    built_in = model.train.meta.get('source') == 'sample'
     figures += compare_stories(written, real, max_new_tokens, built_in)
     figures += ending_figures(model.gpt, tokenizer, validation[:num_samples])
     page = {
@@ -220,13 +227,13 @@ def report_on(model):
         'settings': model.settings,
         'curves': read_curves(model),
         'samples': read_samples(model),
-        'stories': [story_for_page(match, len(tokenizer.decode(start))) for match, start in shown],
+        'stories': [story_for_page(match, start) for match, start in shown],
         'tokens': token_probabilities(model.gpt, tokenizer, [tokenizer.delimiter, *real_rows[0]]),
     }
     return figures, page
 
 
-# what the page shows of a run ---------------------------------------------------
+# facts and curves of a run ------------------------------------------------------
 
 def tokens_per_step(model):
     """Return the number of tokens in a training step; 1 if the settings do not say."""
@@ -288,11 +295,11 @@ def read_samples(model):
     return [[record['iter'], record['story']] for record in records if 'story' in record]
 
 
-def story_for_page(match, n_given):
-    """Return what the page shows of a story. n_given: how many of its characters were the prompt."""
-    start, stop, n_words = match.longest
-    return {'text': match.story, 'prompt': n_given, 'copied': [start, stop], 'words': n_words,
-            'source': excerpt(match.source, match.story[start:stop])}
+def story_for_page(match, start):
+    """Return what the page shows of a story. start: its first words, which the model was given."""
+    copy_start, copy_stop, n_words = match.longest
+    return {'text': match.story, 'prompt': len(start), 'copied': [copy_start, copy_stop], 'words': n_words,
+            'source': excerpt(match.source, match.story[copy_start:copy_stop])}
 
 
 def excerpt(source, passage):
