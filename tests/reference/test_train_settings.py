@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 
+import numpy as np
 import pytest
 import torch
 
@@ -165,7 +166,7 @@ def test_every_setting_has_a_case():
     assert len(names) > 40
 
 
-@pytest.mark.parametrize('values, expected', CHANGES, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize('values, expected', CHANGES, ids=[str(values) for values, _ in CHANGES])
 def test_a_setting_changes_what_it_should_and_nothing_else(data, baseline, tmp_path, values, expected):
     out = run_script(data, tmp_path / 'out', *flags(BASE | values))
     assert changed(out, baseline) == expected
@@ -426,7 +427,7 @@ def test_settings_that_would_make_it_another_run_are_refused(halfway, values):
 
 
 def test_a_resumed_run_refuses_other_data(data, halfway, tmp_path):
-    other = prepare(tmp_path / 'data', *(Data(data).train, Data(data).val[::-1]))
+    other = prepare(tmp_path / 'data', Data(data).train, np.array(Data(data).val[::-1], np.uint16))
     words = ['--init_from=resume', f'--out_dir={halfway}', f'--dataset={other}']
     assert 'fingerprint' in script('train.py', *words, status=2).err
 

@@ -149,13 +149,6 @@ def test_folder_may_hold_its_own_prepared_data_and_is_read_again(tmp_path, prepa
         assert both(prepared(tmp_path, tmp_path)) == sorted(STORIES + texts)
 
 
-def test_sample_is_the_built_in_corpus(tmp_path, prepared, capsys):
-    found = prepared('sample', data_percentage=2.0, infill_rate=0.5)
-    assert 400 < len(both(found)) < 480 and not set(found['train']) & set(found['val'])
-    assert 'next: python train.py config/quickstart_infill.py' in capsys.readouterr().out
-    assert read_meta(tmp_path / 'out')['vocab_size'] == 1536
-
-
 def test_folder_takes_text_files_without_delimiters_as_one_story_each(tmp_path, prepared):
     """The last file has a delimiter, and a story that is longer than what is read at a time."""
     texts, long = [text + '\n' for text in STORIES], 'the cat sat on the mat ' * 100_000

@@ -62,7 +62,7 @@ def model():
 def test_nanogpt_characters_become_ours(prepared, theirs, tmp_path, capsys, monkeypatch, files):
     """Their tokens are the places of the characters in the sorted text. No pickle is read."""
     monkeypatch.setattr(pickle, 'load', None)
-    monkeypatch.setattr(prepare, 'CHUNK', 100)
+    monkeypatch.setattr(prepare, '_CHUNK', 100)
     parts = {'train': TEXT[:1000], 'val': TEXT[1000:]} if 'val' in files else {'train': TEXT}
     for split, text in parts.items():
         write_tokens(theirs / f'{split}.bin', [CHARS.index(char) for char in text])
@@ -118,7 +118,7 @@ def test_gpt2_tokens_need_no_tokenizer(prepared, theirs, tmp_path, monkeypatch):
     (None, {}, 'train.bin has 3 bytes: tokens of uint16 have two each'),
     ([1, 5], {}, 'theirs has too few tokens for training and validation'),
     ([1, 5] * 9, {'encoding_type': 'gpt2'}, 'tok.model is bpe: leave out --encoding_type gpt2'),
-    ([1, 5] * 9, {'encoding_type': 'bpe'}, 'type --encoding_type and one of auto, gpt2'),
+    ([1, 5] * 9, {'encoding_type': 'bpe'}, 'it must be one of auto, gpt2'),
     ([1, 5] * 9, {'tokenizer': ''}, 'name the tokenizer that made the tokens'),
     ([1, 5] * 9, {'source': ''}, 'with --source'),
     ([1, 5] * 9, {'source': 'absent'}, 'absent holds no token files'),
