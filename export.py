@@ -33,8 +33,8 @@ from formats.pretrained import load_with_tokenizer
 
 out_dir = 'out-tiny-stories'  # folder of the run
 ckpt = 'best'  # best (lowest validation loss) or last
-format = ''  # llama2c, llama2c-int8, hf, gguf, html or safetensors
-path = ''  # where to write: a file for gguf and html, else a new folder
+format = ''  # required: llama2c, llama2c-int8, hf, gguf, html or safetensors
+path = ''  # required: where to write: a file for gguf and html, else a new folder
 dtype = 'f32'  # of the matrices in gguf: f32, f16 or q8_0
 
 _GREEDY_TOKENS = 64  # length of the story whose tokens are compared

@@ -3,8 +3,10 @@
 The default is the Llama block (RMSNorm, rotary positions, SwiGLU, no biases). With norm='layer',
 position='learned', mlp='gelu' and bias=True it is GPT-2.
 
-This file is the specification: plain PyTorch, no fast paths. Equivalents that are faster on a CPU are in
-core/kernels.py; generation with a key-value cache is in core/generate.py.
+This file is the specification: plain PyTorch, except that the loss is computed in chunks to save memory.
+On a CPU, core/kernels.py overrides Attention.qkv, rotate and attend, MLP.gate_up and nn.RMSNorm with faster
+equivalents: if you change one of these here, change it there too, or take it out of `use_fast_cpu_kernels`.
+Generation with a key-value cache is in core/generate.py.
 
 Shapes: B sequences, T tokens each, C = n_embd, V = vocab_size.
 """
@@ -37,6 +39,8 @@ CHOICES = {
 
 @dataclass
 class GPTConfig:
+    """The shape of a model. Its fields, except vocab_size, are settings of train.py: add new ones to both."""
+
     block_size: int = 256  # context length in tokens
     vocab_size: int = 4096
     n_layer: int = 6
@@ -70,9 +74,9 @@ class GPTConfig:
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f'{name} is {value}; it must be at least 1')
-        self.head_dim = self.n_embd // self.n_head
         if self.n_embd % self.n_head != 0:
             raise ValueError(f'n_head {self.n_head} must divide n_embd {self.n_embd}')
+        self.head_dim = self.n_embd // self.n_head
         if self.n_head % self.n_kv_head != 0:
             raise ValueError(f'n_kv_head {self.n_kv_head} must divide n_head {self.n_head}')
         if self.position == 'rope' and self.head_dim % 2 != 0:
@@ -94,7 +98,7 @@ def make_norm(config, width):
 # positions --------------------------------------------------------------------
 
 def position_angles(length, width, base):
-    """Angles t * base^(-2i / width) of position t and pair i, shape (length, width / 2), float32."""
+    """Return the angles t * base^(-2i / width) of position t and pair i, float32 (length, width / 2)."""
     frequencies = base ** -(torch.arange(0, width, 2) / width)
     return torch.outer(torch.arange(length), frequencies)
 
@@ -113,12 +117,12 @@ def apply_rope(x, cos, sin):
 # the block --------------------------------------------------------------------
 
 class Attention(nn.Module):
-    """Causal self-attention. kernels.py and quantize.py replace single methods by faster equivalents."""
+    """Causal self-attention. core/kernels.py and core/quantize.py override single methods."""
 
     def __init__(self, config, layer):
         super().__init__()
         self.config = config
-        self.layer = layer
+        self.layer = layer  # index of this layer's keys and values in a cache
         kv_width = config.n_kv_head * config.head_dim
         self.q = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.k = nn.Linear(config.n_embd, kv_width, bias=config.bias)
@@ -137,9 +141,12 @@ class Attention(nn.Module):
         return apply_rope(q, cos, sin), apply_rope(k, cos, sin)
 
     def attend(self, q, k, v, mask, is_causal):
-        """Attention of queries (B, n_head, T, head_dim) to keys and values (B, n_kv_head, S, head_dim)."""
+        """Compute the attention of queries to keys and values.
+
+        q: (B, n_head, T, head_dim). k, v: (B, n_kv_head, S, head_dim), S is T or, with a cache, more.
+        """
         if q.is_cuda and self.config.n_head != self.config.n_kv_head:
-            # without flash attention, enable_gqa would materialise the (T, T) scores: repeat the heads
+            # on a GPU, enable_gqa may fall back to a kernel that stores all (T, T) scores: repeat the heads
             k = k.repeat_interleave(self.config.n_head // self.config.n_kv_head, dim=1)
             v = v.repeat_interleave(self.config.n_head // self.config.n_kv_head, dim=1)
         return F.scaled_dot_product_attention(
@@ -164,6 +171,7 @@ class Attention(nn.Module):
             k, v = cache.append(self.layer, k, v)
             mask = cache.mask
         q, v = q.type_as(k), v.type_as(k)
+        # a single new token attends to everything in the cache, so it needs no mask
         y = self.attend(q, k, v, mask, is_causal=T > 1 and mask is None)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.proj(y.to(dtype))
@@ -179,7 +187,7 @@ class MLP(nn.Module):
         self.proj = nn.Linear(config.mlp_width, config.n_embd, bias=config.bias)
 
     def gate_up(self, x):
-        """The gate and up projections of x (B, T, C). quantize.py replaces them by one product."""
+        """Return the gate and up projections of x (B, T, C). core/quantize.py makes them one product."""
         return self.gate(x), self.up(x)
 
     def forward(self, x):
@@ -246,15 +254,17 @@ class LinearCrossEntropy(torch.autograd.Function):
 
         for x_chunk, log_p, target in log_probs_by_chunk(head, x_cast, targets, chunk_size):
             loss += F.nll_loss(log_p, target, ignore_index=-1, reduction='sum')
-            if ctx.needs_input_grad[0]:
+            if ctx.needs_input_grad[0]:  # training
                 # d loss / d logits: the probabilities, minus 1 at the target; 0 where there is no target
                 has_target = (target >= 0)[:, None]
+                # (in place, as log_p is not needed any more)
                 grad = log_p.exp_().scatter_add_(1, target.clamp(min=0)[:, None], -has_target.float())
                 grad = grad.to(weight_cast.dtype)
-                grad_x.append(grad @ weight_cast * has_target)
+                # masking these two (chunk, C) products is cheaper than masking the (chunk, V) gradient
+                grad_x.append((grad @ weight_cast) * has_target)
                 grad_weight += grad.T @ (x_chunk * has_target)
         if grad_x:
-            ctx.grads = torch.cat(grad_x).type_as(x), grad_weight
+            ctx.grads = torch.cat(grad_x).type_as(x), grad_weight  # results, not inputs: nothing to save
         return loss
 
     @staticmethod
@@ -266,6 +276,8 @@ class LinearCrossEntropy(torch.autograd.Function):
 # the model --------------------------------------------------------------------
 
 class GPT(nn.Module):
+    """The model. If you add or rename a parameter, change `parameter_shapes` in core/checkpoint.py, too."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -288,11 +300,11 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """Initialise matrices ~ N(0, 0.02), biases to 0 and norms to 1.
+        """Initialize matrices with a standard deviation of 0.02, biases with 0 and norms with 1.
 
-        Projections back into the residual stream are scaled by 1 / sqrt(2 n_layer) (Radford et al. 2019).
-        An embedding that is not also the head, and to which no positions are added, starts at 0.3: it learns
-        sooner (docs/lab/experiments.md).
+        Projections back into the residual stream are scaled by 1 / sqrt(2 n_layer) (Radford et al. 2019). For
+        an embedding that is not also the head, and to which no positions are added, the standard deviation is
+        0.3: it learns sooner (docs/lab/experiments.md).
         """
         for name, p in self.named_parameters():
             if name.endswith('proj.weight'):
@@ -330,7 +342,7 @@ class GPT(nn.Module):
         if cache is None:
             positions = slice(T)
         else:
-            positions = cache.extend(T)
+            positions = cache.extend(T)  # a slice; this also sets cache.mask
         x = self.embedding(idx)
         rope = None
         if self.config.position == 'learned':

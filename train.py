@@ -54,7 +54,7 @@ out_dir = 'out-tiny-stories'  # folder for checkpoints, metrics.jsonl and loss.p
 init_from = 'scratch'  # scratch, resume (continue the run in out_dir), or the path of a model to fine-tune
 overwrite = False  # replace the run already in out_dir
 verify_data = False  # check the shards against the sha256 in meta.json; their sizes are always checked
-# the model; GPTConfig in model.py explains
+# the model: these become the GPTConfig of model.py
 block_size = 256  # context length in tokens
 n_layer = 6  # blocks
 n_head = 6  # attention heads
@@ -73,25 +73,25 @@ norm_eps = 1e-5  # added to the variance in norms
 # optimization
 max_iters = 5000  # number of steps
 max_epochs = 0.0  # passes over the training data, instead of max_iters; 0: use max_iters
-batch_size = 32  # sequences per micro-batch
-gradient_accumulation_steps = 1  # micro-batches per step, over all ranks together
+batch_size = 32  # largest micro-batch, in sequences
+gradient_accumulation_steps = 1  # a step has batch_size times as many sequences, shared by all ranks
 optimizer = 'muon'  # muon (for the matrices of the blocks, with AdamW for the rest) or adamw
-learning_rate = 0.0  # peak AdamW learning rate, Muon uses twice that; 0: 0.01 with muon, 1e-3 with adamw
-warmup_iters = 50  # steps of linear warmup; then the rate falls linearly to 0 at the last step
+learning_rate = 0.0  # peak learning rate of AdamW (Muon's is twice that); 0: 0.01 with muon, 1e-3 with adamw
+warmup_iters = 50  # steps of linear warmup, followed by linear decay to 0 at the end of training
 weight_decay = 0.1  # weight decay of the matrices
 beta1 = 0.9  # AdamW's beta1
 beta2 = 0.95  # AdamW's beta2
 grad_clip = 1.0  # clip gradients to this norm; 0: do not clip
 # what a run shows and saves
-eval_interval = 500  # evaluate, save and sample every this many steps; 0: once per epoch
+eval_interval = 500  # steps between evaluations, each with a checkpoint and a story; 0: one epoch
 eval_iters = 0  # batches per evaluation; 0: the whole validation split
 patience = 0  # stop after this many evaluations without improvement; 0: never
-save_interval = 0  # keep a checkpoint ckpt_STEP.pt every this many steps; 0: only the last and the best
-log_interval = 10  # print and record a line every this many steps
+save_interval = 0  # steps between checkpoints kept as ckpt_STEP.pt; 0: keep only the last and the best
+log_interval = 10  # steps between log lines
 track = ''  # also log to this package: wandb or trackio
 # the machine
 device = 'auto'  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:N or mps
-dtype = 'auto'  # auto (bfloat16 if the hardware has it), float32, bfloat16 or float16
+dtype = 'auto'  # auto (bfloat16 if the hardware has it, else float16 on CUDA), float32, bfloat16 or float16
 compile = 'auto'  # use torch.compile: auto (on CUDA only), True or False
 seed = 1337  # random seed of weights, data order and dropout
 
@@ -101,7 +101,7 @@ seed = 1337  # random seed of weights, data order and dropout
 def checkpoint_settings(current):
     """Return the settings of the run to resume or of the model to tune; config files and flags override them.
 
-    current: the settings without them.
+    current: the settings before those of the checkpoint are merged in.
     """
     if current['init_from'] == 'scratch':
         return {}
@@ -118,14 +118,14 @@ def check_settings():
              gradient_accumulation_steps=gradient_accumulation_steps)
     in_range(at_least=1, below=2**63, max_iters=max_iters, log_interval=log_interval)
     in_range(at_least=0, below=1e37, learning_rate=learning_rate, weight_decay=weight_decay,
-             grad_clip=grad_clip, max_epochs=max_epochs)  # float32 ends at 3e38
+             grad_clip=grad_clip, max_epochs=max_epochs)  # float32 ends at 3e38, and Muon's rate is larger
     in_range(at_least=0, below=2**63, seed=seed, warmup_iters=warmup_iters, eval_iters=eval_iters,
              patience=patience, eval_interval=eval_interval, save_interval=save_interval)
     in_range(at_least=0, below=1, beta1=beta1, beta2=beta2)
     one_of(('muon', 'adamw'), optimizer=optimizer)
     one_of(('auto', 'True', 'False'), compile=compile)
     check_tracker(track)
-    if 'WORLD_SIZE' in os.environ and 'RANK' not in os.environ:
+    if 'WORLD_SIZE' in os.environ and 'RANK' not in os.environ:  # every process would believe to be rank 0
         raise UserError('WORLD_SIZE is set but RANK is not: unset it, or start the processes with torchrun')
 
 
@@ -197,7 +197,7 @@ def load_weights(model, tokenizer):
 # training ---------------------------------------------------------------------
 
 def lr_factor(step, max_steps):
-    """Return the share of the peak learning rate at `step`: linear warmup, then linear decay to 0."""
+    """Return the fraction of the peak learning rate at `step`: linear warmup, then linear decay to 0."""
     warmup = min(1.0, (step + 1) / (warmup_iters + 1))
     decay = max(0, max_steps - step) / max(1, max_steps - warmup_iters)
     return min(warmup, decay)
@@ -209,9 +209,10 @@ def wants_compile(torch_device):
 
 
 def speed_up(ddp_model, model, batch, torch_device, context):
-    """Return what trains and what evaluates (x, y): compiled, or with faster kernels on a CPU.
+    """Return (train_model, score): the model that gives the loss, and `count_loss` of it for evaluation.
 
-    batch: one micro-batch to try compilation on; if that fails, training continues without it.
+    They are compiled, or have faster kernels on a CPU. batch: a micro-batch to try compilation on; if that
+    fails, training continues without it.
     """
     score = partial(count_loss, model)
     if wants_compile(torch_device):
@@ -246,7 +247,7 @@ def print_summary(this_run, batches, max_steps, torch_device, ptdtype):
 
 
 def main():
-    # where to compute
+    # choose the device and the dtype
     check_settings()
     ranks = get_ranks()
     is_master = ranks.rank == 0  # prints and saves
@@ -254,7 +255,7 @@ def main():
     ptdtype = choose_dtype(dtype, torch_device)
     context = autocast(torch_device, ptdtype)
     configure_memory(torch_device)
-    if torch_device.type == 'cpu' and not wants_compile(torch_device):
+    if torch_device.type == 'cpu' and not wants_compile(torch_device):  # compiled code depends on the number
         choose_threads()
 
     # the data
@@ -280,9 +281,10 @@ def main():
     elif init_from != 'scratch':
         load_weights(model, tokenizer)
 
-    # several ranks, torch.compile, faster kernels
+    # wrap the model in DDP, then compile it or, on a CPU, use faster kernels
     ddp_model = join_ranks(model, torch_device)
-    train_model, score = speed_up(ddp_model, model, batches(this_run.step)[0], torch_device, context)
+    first_micro_batch = batches(this_run.step)[0]
+    train_model, score = speed_up(ddp_model, model, first_micro_batch, torch_device, context)
 
     # evaluation
     stop = StopSignals()
@@ -300,14 +302,14 @@ def main():
     gc.freeze()  # what exists by now is never garbage: do not search it during training
     stopping = False  # a rank was asked to stop; all ranks know
 
-    # the training loop
+    # the training loop: from_step yields the micro-batches of this step and of all that follow, without end
     for micro_batches in batches.from_step(this_run.step):
         step = this_run.step
-        last_step = step == max_steps
+        done = step == max_steps
         keep_copy = save_interval > 0 and step % save_interval == 0
 
         # once in a while: evaluate (all ranks take part), write a story, save
-        if last_step or step % eval_every == 0:
+        if done or step % eval_every == 0:
             model.eval()
             with context:
                 metrics = evaluate(evaluator, val_split, train_split, infill_rows, eval_iters)
@@ -318,13 +320,13 @@ def main():
                     story = sample_story(model, tokenizer, seed, prompt, stop.requested)
             model.train()
             is_best = this_run.update_best(metrics['val_loss'])
-            last_step = last_step or this_run.out_of_patience(patience, eval_every)
+            done = done or this_run.out_of_patience(patience, eval_every)
             this_run.save(is_best, keep_copy)
             if is_master:
                 progress.log_evaluation(step, metrics, tokenizer.decode(prompt), story)
         elif keep_copy:
             this_run.save(keep=True)
-        if last_step:
+        if done:
             break
 
         # forward and backward over the micro-batches; DDP exchanges gradients in the last one only
@@ -332,7 +334,7 @@ def main():
         seed_dropout(step, ranks.rank)
         loss = torch.zeros((), device=torch_device)
         for i, micro_batch in enumerate(micro_batches):
-            ddp_model.require_backward_grad_sync = i == len(micro_batches) - 1
+            ddp_model.require_backward_grad_sync = i == len(micro_batches) - 1  # no effect without DDP
             x, y = to_device(micro_batch, torch_device)
             with context:
                 micro_loss = train_model(x, y) / len(micro_batches)
@@ -343,10 +345,12 @@ def main():
         set_learning_rate(optimizers, lr_factor(step, max_steps))
         grad_norm = clip_and_step(model, optimizers, scaler, grad_clip)
 
-        # the means over the ranks; this waits for the GPU
+        # average over the ranks (this waits for the GPU); stop_share > 0: some rank was asked to stop
         loss, grad_norm, stop_share = mean_over_ranks(loss, grad_norm, stop.requested())
-        skipped_step = scaler.get_scale() > 1 and not math.isfinite(grad_norm)  # an overflow in float16
-        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or skipped_step):
+        # In float16 an overflow skips the update and halves the loss scale; at a scale of 1 the run has
+        # diverged. Without float16 the scale is always 1.
+        overflowed = not math.isfinite(grad_norm) and scaler.get_scale() > 1
+        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or overflowed):
             raise this_run.diverged(f'the loss is {loss:.4g}, the gradient norm {grad_norm:.4g}')
         lr = optimizers[0].param_groups[0]['lr']
         seconds = time.perf_counter() - step_start

@@ -85,10 +85,10 @@ def damage(path):
     try:
         with zipfile.ZipFile(path) as archive:
             damaged_file = archive.testzip()
-    except Exception as error:  # something else than an archive, or half of one, fails in many ways
+    except Exception as error:  # a file that is not an archive, or half of one, fails in many ways
         return str(error) or type(error).__name__
     if damaged_file:
-        return f'{damaged_file} does not have its checksum'
+        return f'{damaged_file} fails its checksum'
     return ''
 
 
@@ -213,7 +213,8 @@ class DivergedError(UserError):
         best = os.path.join(out_dir, FILES['best'])
         last = os.path.join(out_dir, FILES['last'])
         if not os.path.exists(best):
-            super().__init__(f'step {step}: {reason}, before anything was saved: start from other weights')
+            super().__init__(f'step {step}: {reason}, before the first good evaluation: lower '
+                             '--learning_rate, or check the weights of --init_from')
             return
         lower_rate = min(learning_rate / 10, 0.005)
         super().__init__(
@@ -254,7 +255,7 @@ class RunFolder:
             replaces_run = self.holds_run() and not self.resume
             if not replaces_run:
                 self.check_tokenizer(tokenizer)
-            for left in self.path.glob('*.tmp'):  # by a process that was killed while it saved
+            for left in self.path.glob('*.tmp'):  # left by a process that was killed while it saved
                 left.unlink()
             if not self.resume:
                 self.save(checkpoint)  # from here on the folder holds this run

@@ -88,7 +88,7 @@ def choose_dtype(name, device):
 
 
 def autocast(device, dtype):
-    """Return a context in which matrix products are computed in `dtype`; float32 ones use TF32 on a GPU."""
+    """Return a context in which matrix products are computed in `dtype`. Allow TF32 for float32 on a GPU."""
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     if dtype == torch.float32:
@@ -202,7 +202,10 @@ def limit_memory():
 
 
 def free_memory():
-    """Return the bytes that are free on this machine or in this container, or None if that is not known."""
+    """Return an upper bound of the free bytes: what the machine has free, or the limit of our container.
+
+    Return None if neither is known.
+    """
     kilobytes = re.findall(r'(?:MemAvailable|SwapFree):\s+(\d+)', Path('/proc/meminfo').read_text())
     if not kilobytes:
         return None

@@ -62,8 +62,8 @@ def mean_over_ranks(*values):
 class StopSignals:
     """Collects SIGINT (Ctrl-C), SIGTERM and SIGHUP, so that the training loop can save before it ends.
 
-    A second Ctrl-C raises KeyboardInterrupt. Under torchrun, which forwards the first Ctrl-C once more, it
-    does so only after a second. A signal that is ignored, as SIGHUP is under nohup, stays ignored.
+    A second Ctrl-C raises KeyboardInterrupt. torchrun forwards the first Ctrl-C once more, so under torchrun
+    another one is ignored for a second. A signal that is ignored, as SIGHUP is under nohup, stays ignored.
     """
 
     def __init__(self):
@@ -96,7 +96,7 @@ class StopSignals:
 def report_lost_ranks(resume_command):
     """Print one line instead of a traceback if an exchange with the other ranks fails.
 
-    In any case the process group is left in the end. resume_command: what to type to resume the run.
+    The process group is destroyed in any case. resume_command: what to type to resume the run.
     """
     try:
         yield

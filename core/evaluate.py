@@ -90,7 +90,7 @@ class Evaluator:
 def evaluate(evaluator, val_split, train_split=None, infill_rows=((), ()), max_batches=0):
     """Evaluate on a whole validation split, its short tail included, or on its first `max_batches` batches.
 
-    train_split: also evaluate evenly spaced training windows, one for every four of the other rows.
+    train_split: also evaluate evenly spaced training windows, a quarter as many as all other rows.
     infill_rows: `find_infill_rows` of the validation split.
     Returns None if a rank was asked to stop, else {'val_loss': nats per token, 'val_ppl': perplexity,
     'val_acc': accuracy, 'val_bpb': bits per UTF-8 byte}; with train_split also 'train_loss' and 'train_acc';
@@ -140,7 +140,7 @@ def training_metrics(evaluator, split, n_rows):
 # infilling --------------------------------------------------------------------
 
 def find_infill_rows(split, block_size):
-    """Return the stories of a split that data/infill.py has turned around and that fit into block_size.
+    """Return the stories that data/infill.py rearranged for infilling and that fit into block_size.
 
     Returns two lists of (ids, number of ids before the middle); ids is a 1-D int array that ends in the
     delimiter of the next story. In the second list each story has the last sentence of the next one instead
@@ -167,7 +167,7 @@ def find_infill_rows(split, block_size):
 
 
 def find_infilled_stories(split):
-    """Return (prefix, suffix, middle) of each story that was turned around, as int64 arrays.
+    """Return (prefix, suffix, middle) of each story rearranged for infilling, as int64 arrays.
 
     The prefix begins with the delimiter, the suffix with <blank> and the middle with <middle>.
     """

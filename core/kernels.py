@@ -112,7 +112,7 @@ class FastMLP(MLP):
 
 
 def use_fast_cpu_kernels(model):
-    """Replace the norms, the rotation and the attention of a GPT on the CPU by faster equivalents, in place.
+    """Replace the RMSNorms, attentions and MLPs of a GPT on a CPU with faster equivalents, in place.
 
     Parameters stay the same tensors under the same names. The rotary tables become one row per position with
     an entry for every number of queries and keys.
@@ -120,7 +120,7 @@ def use_fast_cpu_kernels(model):
     faster = {nn.RMSNorm: FastRMSNorm, Attention: FastAttention, MLP: FastMLP}
     for module in model.modules():
         if type(module) in faster:
-            module.__class__ = faster[type(module)]
+            module.__class__ = faster[type(module)]  # same parameters, other methods
     if model.config.position == 'rope':
         heads = model.config.n_head + model.config.n_kv_head
         model.cos = torch.cat((model.cos, model.cos), dim=-1).repeat(1, heads)

@@ -12,10 +12,10 @@ NEWTON_SCHULZ_STEPS = 5
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum that is made nearly orthogonal before it is added to a matrix (Jordan 2024).
+    """SGD with Nesterov momentum whose updates are orthogonalized (Jordan 2024).
 
     Every row of the momentum is scaled to the same norm first (MuonEq-R). Matrices of one shape are stacked,
-    so that one batched product serves all of them. With several ranks, each orthogonalises its share of a
+    so that one batched product serves all of them. With several ranks, each orthogonalizes its share of a
     stack and the shares are exchanged. The learning rate of a matrix that is taller than wide is larger by
     sqrt(rows / columns). Every parameter must have a gradient.
     """
@@ -87,7 +87,7 @@ def orthogonalize_on_all_ranks(stack):
 
 
 def make_optimizers(model, optimizer, learning_rate, weight_decay, betas):
-    """Return a list of optimizers that share all parameters; the schedule scales each group's 'peak_lr'.
+    """Return optimizers that together update all parameters; the schedule scales each group's 'peak_lr'.
 
     optimizer: 'muon' (the matrices of the blocks; AdamW takes embeddings, head, norms and biases) or 'adamw'
     (everything). learning_rate: AdamW's peak; Muon's is twice that. 0: 0.01 with Muon, 1e-3 without.
@@ -120,7 +120,7 @@ def set_learning_rate(optimizers, factor):
 
 
 def clip_and_step(model, optimizers, scaler, grad_clip):
-    """Clip the gradients to the norm `grad_clip` (0: do not clip), update, and return the norm before.
+    """Clip the gradients to the norm `grad_clip` (0: do not clip), update, and return their norm before.
 
     In float16 an inf or nan in the gradients skips the update and halves the loss scale. That is decided
     here, not by scaler.step(): it looks at the gradients of each optimizer on its own, so that one optimizer

@@ -133,7 +133,10 @@ class Progress:
             print(printable(text), flush=True)
 
     def record(self, step, **figures):
-        """Add a line to metrics.jsonl, and to the tracker. JSON has no inf, the norm of a skipped step."""
+        """Add a line to metrics.jsonl, and to the tracker.
+
+        Values that are not finite, as the gradient norm of a skipped step, are left out: JSON has no inf.
+        """
         figures = {name: value for name, value in figures.items() if math.isfinite(value)}
         figures['seconds'] = round(self.seconds_before + self.seconds, 2)
         self.folder.record(iter=step, **figures)
@@ -144,7 +147,7 @@ class Progress:
         """Draw metrics.jsonl as loss.png, if matplotlib is there."""
         try:
             from matplotlib.figure import Figure  # takes half a second to import
-        except Exception as error:  # not installed, or one that does not suit
+        except Exception as error:  # not installed, or an incompatible version
             if not self.warned:
                 self.print(f'loss.png was not drawn ({error}): pip install matplotlib')
             self.warned = True

@@ -13,7 +13,7 @@ import sys
 
 from configurator import UserError
 
-STUCK_SECONDS = 30  # from the end of a worker until we give up waiting for the library
+STUCK_SECONDS = 10  # from the end of a worker until we give up waiting for the library
 WORKER_KILLED = 'a worker process was killed, perhaps for lack of memory: try --num_proc 1'
 
 

@@ -7,7 +7,7 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it runs from any working directory
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, for the imports below
 
 import shlex
 import time
@@ -25,12 +25,12 @@ from data.tokenizer_files import load_gpt2, open_tokenizer
 source = 'roneneldan/TinyStories'  # a name on the Hugging Face hub, a file, a folder, or sample (built in)
 text_column = ''  # the column of a table that holds the stories; '' means text or story
 encoding_type = 'auto'  # char, bpe or gpt2; auto is bpe for the built-in corpus and char for all others
-vocab_size = 0  # of a new bpe tokenizer, with the 2 infilling tokens; 0: 4096 (built-in corpus: 1536)
-tokenizer = ''  # reuse that of a run, prepared folder, pretrained model or file; a .txt gives its characters
-data_percentage = 100.0  # percentage of the stories to use; a smaller sample is part of a larger one
+vocab_size = 0  # size of a new bpe vocabulary, with the 2 infilling tokens; 0: 4096 (built-in corpus: 1536)
+tokenizer = ''  # reuse the tokenizer of a run, folder, pretrained model or file (.txt: its characters)
+data_percentage = 100.0  # percentage of the stories to use; smaller samples are subsets of larger ones
 val_percentage = 1.0  # percentage to hold out for validation if the source has no validation split
 infill_rate = 0.0  # fraction of the stories, 0 to 1, from which the model learns to write a missing middle
-out_dir = ''  # where to write; '' is the folder of this script
+out_dir = ''  # where to write; '': data/tiny_stories
 num_proc = 0  # worker processes; 0: one per CPU core
 seed = 1337  # of the built-in corpus, and of the sample that bpe learns from
 offline = False  # never use the network: read hub datasets and GPT-2's vocabulary from their caches
@@ -46,17 +46,18 @@ def main():
     with write_dataset_atomically(folder) as (new, cache):
         # a given tokenizer is opened first, so that a wrong path shows before a long download
         enc = load_given_tokenizer()
+        # a DatasetDict with 'train' and perhaps 'validation'; a remark if the source also has a test split
         stories, remark = load_stories(source, cache, text_column, data_percentage, seed, offline)
         splits, n_blank = split_stories(stories, cache)
         if enc is None:
             enc = train_tokenizer(splits['train'], cache)
 
-        rate = infill_rate
-        if sum(stories.num_rows.values()) <= 2:
-            rate = 0.0  # a single document, cut in two, has no stories to infill
+        if infill_rate > 0 and sum(stories.num_rows.values()) <= 2:
+            raise UserError(f'{source} is one document, without stories to infill: leave out --infill_rate')
+
         split_meta = {}
         for split in splits:
-            encoded = encode_stories(splits[split], split, enc, rate, cache)
+            encoded = encode_stories(splits[split], split, enc, infill_rate, cache)
             split_meta[split] = write_shards(encoded, split, new)
         if infill_rate > 0 and split_meta['train']['infilled'] == 0:
             raise UserError(f'no story of {source} can be infilled: leave out --infill_rate')
@@ -96,8 +97,8 @@ def wanted_encoding():
 def split_stories(stories, cache):
     """Return ({'train': Dataset, 'val': Dataset}, number of blank stories, which are left out).
 
-    The Datasets have the columns `text` and `bytes`. Stories are chosen by hash, so equal ones land in the
-    same split, a 10% sample is part of a 20% sample, and their order does not matter.
+    The Datasets have the columns `text` and `bytes`. The sample is chosen by hash: a 10% sample is a subset
+    of a 20% sample. So is the validation split, if the source has none: duplicates land in the same split.
     Raises UserError if there are not enough stories for both splits.
     """
     from datasets import concatenate_datasets
@@ -136,8 +137,8 @@ HASH_COLUMNS = {'split_hash': 'uint64', 'sample_hash': 'uint64', 'bytes': 'int64
 def hash_stories(batch):
     """Return two 64-bit hashes of each story and its size in bytes of UTF-8 (0 if it is blank).
 
-    One hash decides the split and the other one the sample: with a single hash, a small sample of the
-    training stories would be empty.
+    One hash decides the split and the other one the sample. With a single hash the stories with the lowest
+    hashes would all be for validation, and a small sample of the training stories would be empty.
     """
     texts = ['' if text is None or text.isspace() else text for text in batch['text']]
     stories = [text.encode() for text in texts]
@@ -153,7 +154,7 @@ def to_numpy(dataset, name):
 
 
 def choose_validation(split_hash, is_blank):
-    """Return which stories are for validation: the `val_percentage` percent with the lowest hashes."""
+    """Return a mask of the validation stories: the `val_percentage` percent with the lowest hashes."""
     lowest = split_hash[~is_blank].min()
     highest = split_hash[~is_blank].max()
     if lowest == highest:
@@ -188,7 +189,7 @@ def train_tokenizer(stories, cache):
     # bpe learns from a random sample of at most 100 MB
     order = np.random.default_rng(seed).permutation(len(stories))
     fits = to_numpy(stories, 'bytes')[order].cumsum() <= 100_000_000
-    fits[0] = True
+    fits[0] = True  # at least one story
     sample = stories.select(np.sort(order[fits]))
     size = vocab_size
     if size == 0:
@@ -205,6 +206,8 @@ def collect_characters(batch):
 
 # encode and write ------------------------------------------------------------
 
+# infilled: stories for infilling. too_short: chosen, but under three sentences. lost: characters that the
+# tokenizer cannot write.
 COUNTS = 'stories', 'tokens', 'bytes', 'infilled', 'too_short', 'lost'
 
 
@@ -216,7 +219,10 @@ def encode_stories(stories, split, enc, rate, cache):
 
 
 def encode_batch(batch, enc, rate):
-    """Encode a batch of stories, the fraction `rate` of them for infilling (see data/infill.py)."""
+    """Encode a batch of stories: for each the delimiter, then its tokens.
+
+    In the fraction `rate` of the stories the middle comes last, for infilling (see data/infill.py).
+    """
     ids, kinds = infill.encode(enc, batch['text'], rate)
     return {
         'tokens_uint16': [ids.astype('<u2').tobytes()],
@@ -243,7 +249,7 @@ def write_shards(encoded, split, folder):
 # report ----------------------------------------------------------------------
 
 def print_totals(split_meta, enc, seconds):
-    """Print the number of tokens, the speed, and what is special about the tokens."""
+    """Print the number of tokens, the speed, and how many stories are for infilling."""
     total = {name: split_meta['train'][name] + split_meta['val'][name] for name in COUNTS}
     if infill_rate > 0:
         print(f"for infilling: {total['infilled']:,}; {total['too_short']:,} chosen but plain, as shorter "

@@ -13,7 +13,7 @@ sentencepiece model; the first file is for validation.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that it runs from any working directory
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, for the imports below
 
 import shlex
 

@@ -4,6 +4,7 @@ The processes are forked from one that has already imported what is slow. Two th
 process: there is one thread, and with MPLBACKEND='' no loss.png is drawn, which would take most of the time.
 """
 
+import gc
 import json
 import multiprocessing
 import os
@@ -79,6 +80,7 @@ def once(words):
 
 def run_script(words, folder, cwd, environment):
     """Become a script of ours: called in a new process."""
+    gc.freeze()  # what was imported before is not searched for garbage again and again
     os.chdir(cwd)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in signal.SIGTERM, signal.SIGHUP:  # a pytest under nohup ignores SIGHUP

@@ -23,7 +23,7 @@ def test_notebook_shows_one_run():
 
 def test_notebook_runs(tmp_path, monkeypatch):
     """Run its cells with little data and few steps."""
-    shorter = {'WORK': f'Path({str(tmp_path)!r})', 'PERCENTAGE': 10, 'MAX_ITERS': 4, 'NUM_SAMPLES': 2}
+    shorter = {'WORK': f'Path({str(tmp_path)!r})', 'PERCENTAGE': 5, 'MAX_ITERS': 4, 'NUM_SAMPLES': 2}
     monkeypatch.setenv('MPLBACKEND', 'Agg')
     monkeypatch.chdir(ROOT)
     namespace = {'__name__': '__main__'}

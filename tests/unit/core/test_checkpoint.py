@@ -337,7 +337,8 @@ def test_patience_counts_evaluations_since_the_best(tmp_path):
 @pytest.mark.parametrize('value', [math.nan, math.inf])
 def test_a_run_that_diverged_saves_nothing_and_names_the_way_back(tmp_path, value):
     run = make_run(tmp_path, step=7)
-    with pytest.raises(DivergedError, match=r'^step 7: the validation loss is .*, before anything was saved'):
+    message = r'^step 7: the validation loss is .*, before the first good evaluation: '
+    with pytest.raises(DivergedError, match=message):
         run.update_best(value)
     (tmp_path / 'best.pt').touch()
     with torch.no_grad():
