@@ -427,7 +427,9 @@ def test_settings_that_would_make_it_another_run_are_refused(halfway, values):
 
 
 def test_a_resumed_run_refuses_other_data(data, halfway, tmp_path):
-    other = prepare(tmp_path / 'data', Data(data).train, np.array(Data(data).val[::-1], np.uint16))
+    splits = Data(data)
+    train, val = np.array(splits.train, np.uint16), np.array(splits.val[::-1], np.uint16)
+    other = prepare(tmp_path / 'data', train, val)
     words = ['--init_from=resume', f'--out_dir={halfway}', f'--dataset={other}']
     assert 'fingerprint' in script('train.py', *words, status=2).err
 
