@@ -29,7 +29,7 @@ from tests.helpers.models import needs_export_packages, random_checkpoint
 from tests.helpers.scripts import prepare
 from tests.helpers.tokenizers import trained_tokenizer
 
-many_examples = settings(max_examples=120, deadline=None, database=None, derandomize=True,
+many_examples = settings(max_examples=80, deadline=None, database=None, derandomize=True,
                          suppress_health_check=list(HealthCheck))
 
 odd_values = st.one_of(

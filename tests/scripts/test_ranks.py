@@ -1,13 +1,11 @@
 """Several ranks on one machine, as torchrun starts them: the same losses, saving, resuming, lost ranks."""
 
-import json
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,13 +14,6 @@ from core.checkpoint import load_checkpoint
 from tests.helpers.scripts import ROOT, SETTINGS, metrics, on_ranks
 
 pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='looks for ranks in /proc')
-
-PROFILED = """
-import json, runpy, torch
-with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-    runpy.run_path('train.py', run_name='__main__')
-print(json.dumps({event.key: event.count for event in profile.key_averages() if 'gloo:' in event.key}))
-"""
 
 
 def torchrun(*words, restarts=0):
@@ -115,14 +106,3 @@ def test_torchrun_restarts_a_run_from_its_last_checkpoint(data, tmp_path):
     assert step >= 5 and step % 5 == 0
     losses = [line['iter'] for line in metrics(tmp_path / 'out') if 'loss' in line]
     assert losses == list(range(len(losses))) and len(losses) > step
-
-
-def test_a_step_has_five_exchanges(data, tmp_path):
-    """Whatever the number of micro-batches: one of the gradients, one of Muon's steps for each of the three
-    shapes of matrices, and one of the figures."""
-    (tmp_path / 'profiled.py').write_text(PROFILED)
-    counted = [Counter(json.loads(on_ranks(
-        2, *SETTINGS, f'--dataset={data}', f'--out_dir={tmp_path}/{steps}', f'--max_iters={steps}',
-        '--gradient_accumulation_steps=4', program=tmp_path / 'profiled.py').splitlines()[-1]))
-        for steps in (2, 6)]
-    assert counted[1] - counted[0] == {'gloo:all_reduce': 8, 'gloo:all_gather': 12}
