@@ -208,20 +208,20 @@ def wants_compile(torch_device):
     return compile == 'True' or (compile == 'auto' and torch_device.type == 'cuda')
 
 
-def speed_up(ddp_model, model, batch, torch_device, context):
+def speed_up(ddp_model, this_run, batches, torch_device, context):
     """Return (train_model, score): the model that gives the loss, and `count_loss` of it for evaluation.
 
-    They are compiled, or have faster kernels on a CPU. batch: a micro-batch to try compilation on; if that
+    They are compiled, or have faster kernels on a CPU. Compilation is tried on the first micro-batch; if it
     fails, training continues without it.
     """
-    score = partial(count_loss, model)
+    score = partial(count_loss, this_run.model)
     if wants_compile(torch_device):
-        x, y = to_device(batch, torch_device)
+        x, y = to_device(batches(this_run.step)[0], torch_device)
         compiled = try_compile(ddp_model, score, x, y, context)
         if compiled:
             return compiled
     if torch_device.type == 'cpu':
-        use_fast_cpu_kernels(model)
+        use_fast_cpu_kernels(this_run.model)
     return ddp_model, score
 
 
@@ -283,8 +283,7 @@ def main():
 
     # wrap the model in DDP, then compile it or, on a CPU, use faster kernels
     ddp_model = join_ranks(model, torch_device)
-    first_micro_batch = batches(this_run.step)[0]
-    train_model, score = speed_up(ddp_model, model, first_micro_batch, torch_device, context)
+    train_model, score = speed_up(ddp_model, this_run, batches, torch_device, context)
 
     # evaluation
     stop = StopSignals()
