@@ -30,11 +30,10 @@ from configurator import SettingError, UserError, script_path, user_errors
 from core.distributed import get_ranks
 from data.files import lock_folder, report_write_errors, write_atomically, write_bytes_atomically
 from data.shards import fingerprint
-from data.tokenizer import CLASSES
+from data.tokenizer import FILE_NAMES as TOKENIZER_FILES
 from model import GPT, GPTConfig
 
 FILES = {'last': 'ckpt.pt', 'best': 'best.pt'}
-TOKENIZER_FILES = [tokenizer_class.file_name for tokenizer_class in CLASSES.values()]
 NUMBER = float | int
 TYPES = {
     'model': dict, 'config': dict, 'tokenizer': dict | None, 'settings': dict, 'iter': int,
@@ -150,10 +149,6 @@ def parameter_shapes(config):
 
 def check_size(config, weights):
     """Raise ValueError if the weights are not those of `config`, before a model of that size is made."""
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if not isinstance(value, (type(field.default), int)):
-            raise ValueError(f'{field.name} is {reprlib.repr(value)}')
     if config.block_size > LONGEST_CONTEXT:
         raise ValueError(f'block_size is {config.block_size:,}')
     if config.n_layer > len(weights):  # or the shapes of all layers would take long

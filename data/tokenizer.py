@@ -312,6 +312,7 @@ class GPT2Tokenizer(Tokenizer):
 
 
 CLASSES = {kind.encoding: kind for kind in (CharTokenizer, BPETokenizer, GPT2Tokenizer)}
+FILE_NAMES = [kind.file_name for kind in CLASSES.values()]
 
 
 # loading ------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from configurator import UserError, user_errors
 from data.tokenizer import (
-    CLASSES,
+    FILE_NAMES,
     GPT2_SHA256,
     SPACE_MARK,
     BPETokenizer,
@@ -40,7 +40,6 @@ GPT2_BYTES = {chr(byte): byte for byte in VISIBLE} | {chr(0x100 + i): byte for i
 # What a folder may hold, in order of preference
 FILES = ('tokenizer.bin', 'tokenizer.model', 'tokenizer.tiktoken', 'tokenizer.json', 'vocab.json',
          'encoder.json', 'merges.txt', 'vocab.bpe')
-OWN_FILES = [tokenizer_class.file_name for tokenizer_class in CLASSES.values()]
 CHECKPOINTS = 'best.pt', 'ckpt.pt'
 URL = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'  # where tiktoken downloads it
 GPT2_HELP = ('where there is internet, hf download gpt2 vocab.json --local-dir gpt2; bring this folder over, '
@@ -79,7 +78,7 @@ def open_tokenizer(path):
 
 def read_run_tokenizer(folder):
     """Return the tokenizer of a run's folder: its own file, or of older runs what the checkpoint holds."""
-    files = [folder / name for name in OWN_FILES if (folder / name).is_file()]
+    files = [folder / name for name in FILE_NAMES if (folder / name).is_file()]
     if len(files) == 1:
         return read_tokenizer(files[0])
     checkpoints = [folder / name for name in CHECKPOINTS if (folder / name).is_file()]

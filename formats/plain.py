@@ -4,7 +4,7 @@ import json
 
 from configurator import UserError, user_errors
 from core.checkpoint import config_of
-from data.tokenizer import CLASSES
+from data.tokenizer import FILE_NAMES
 from data.tokenizer_files import read_tokenizer
 from formats import base
 
@@ -12,7 +12,7 @@ FORMAT_NAME = 'stories'  # in config.json, tells our files from Hugging Face's
 
 
 class Safetensors(base.Importer):
-    files = ('config.json', 'model.safetensors', *(kind.file_name for kind in CLASSES.values()))
+    files = ('config.json', 'model.safetensors', *FILE_NAMES)
 
     def write(self, path, checkpoint, tokenizer):
         from safetensors.torch import save_file
