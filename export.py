@@ -5,7 +5,7 @@
     python export.py --out_dir out-quickstart --format html --path story.html     a page that writes stories
 
 The export is written to a temporary place and read back, by an independent program if there is one. It is
-moved to --path only if that program predicts the same as our model.
+moved to --path if that program predicts the same as our model, or, with a message, if it is not installed.
 """
 
 import contextlib

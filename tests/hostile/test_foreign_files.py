@@ -106,6 +106,20 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp('foreign')
 
 
+def read_changed_checkpoints_safely(path, good, read):
+    """Save the checkpoint `good` with many changes to `path`, and check that read() is safe after each."""
+    @many_examples
+    @given(changed(good))
+    def test(checkpoint):
+        try:
+            torch.save(checkpoint, path)
+        except Exception:  # torch cannot save every value
+            return
+        read_safely(read)
+
+    test()
+
+
 def test_load_checkpoint_reads_changed_files_safely(folder):
     tokenizer = trained_tokenizer('char')
     config = {'n_layer': 2, 'n_head': 2, 'n_embd': 8, 'vocab_size': tokenizer.vocab_size, 'block_size': 8}
@@ -119,16 +133,7 @@ def test_load_checkpoint_reads_changed_files_safely(folder):
         tokenizer_from_state(checkpoint['tokenizer'])
         load_model(checkpoint)(torch.zeros(1, 4, dtype=torch.long))
 
-    @many_examples
-    @given(changed(good))
-    def test(checkpoint):
-        try:
-            torch.save(checkpoint, folder / 'ckpt.pt')
-        except Exception:  # torch cannot save every value
-            return
-        read_safely(read)
-
-    test()
+    read_changed_checkpoints_safely(folder / 'ckpt.pt', good, read)
 
 
 def test_resuming_reads_changed_checkpoints_safely(folder, monkeypatch):
@@ -153,16 +158,7 @@ def test_resuming_reads_changed_checkpoints_safely(folder, monkeypatch):
         train.checkpoint_settings({'init_from': 'resume', 'out_dir': str(folder)})
         train.resume(run, max_steps=10)
 
-    @many_examples
-    @given(changed(good))
-    def test(checkpoint):
-        try:
-            torch.save(checkpoint, folder / 'ckpt.pt')
-        except Exception:  # torch cannot save every value
-            return
-        read_safely(read)
-
-    test()
+    read_changed_checkpoints_safely(folder / 'ckpt.pt', good, read)
 
 
 def test_split_and_tokenizer_read_changed_meta_files_safely(folder):
