@@ -93,3 +93,30 @@ def write_bytes_atomically(path, data):
         file.write(data)
 
     write_atomically(path, write)
+
+
+# what stands in for a file --------------------------------------------------------
+
+# How a stand-in begins: {its first bytes, in lower case: (what it is, how to get the file itself)}
+STAND_INS = {
+    b'version https://git-lfs.github.com/spec/': (
+        'a Git LFS pointer', 'type git lfs pull in its folder, or download the file with hf download'),
+    b'/annex/objects/': ('a git-annex pointer', 'type git annex get and its name'),
+    b'<!doctype html': ('an HTML page', 'the download gave an error or a login page: download it again'),
+    b'<html': ('an HTML page', 'the download gave an error or a login page: download it again'),
+    b'<?xml version="1.0" encoding="utf-8"?><error>': (
+        "a storage service's error", 'the download failed: download it again'),
+}
+
+
+def refuse_stand_in(path):
+    """Raise UserError if a file only stands in for the one that was meant.
+
+    Such are the pointer that git leaves without its LFS extension, and the page of a download that failed.
+    """
+    with open(path, 'rb') as file:
+        start = file.read(1024)
+    start = start.removeprefix(b'\xef\xbb\xbf').lstrip().lower()
+    for beginning, (what, advice) in STAND_INS.items():
+        if start.startswith(beginning):
+            raise UserError(f'{path} is {what}, not the file itself: {advice}')
