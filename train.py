@@ -72,7 +72,7 @@ rope_theta = 10000.0  # base of the rotary frequencies
 norm_eps = 1e-5  # added to the variance in norms
 # optimization
 max_iters = 5000  # number of steps
-max_epochs = 0.0  # passes over the training data, instead of max_iters; 0: use max_iters
+max_epochs = 0.0  # passes over the training data, instead of max_iters (what is given last counts)
 batch_size = 32  # largest micro-batch, in sequences
 gradient_accumulation_steps = 1  # a step has batch_size times as many sequences, shared by all ranks
 optimizer = 'muon'  # muon (for the matrices of the blocks, with AdamW for the rest) or adamw
@@ -376,6 +376,6 @@ def main():
 
 
 if __name__ == '__main__':
-    configure(globals(), base=checkpoint_settings)
+    configure(globals(), base=checkpoint_settings, alternatives=('max_iters', 'max_epochs'))
     with report_lost_ranks(resume_command(out_dir)):
         run(main, suggest_less_memory())

@@ -28,8 +28,10 @@ def given(monkeypatch):
 def train_small(data, tmp_path):
     """train_small(*flags, status=0) trains a model of one layer in tmp_path/out, without loss.png."""
     def run(*flags, status=0):
-        words = [*SETTINGS, '--n_layer=1', '--block_size=16', '--optimizer=adamw', '--max_iters=3',
-                 '--eval_interval=99', f'--dataset={data}', f'--out_dir={tmp_path}/out']
+        words = [*SETTINGS, '--n_layer=1', '--block_size=16', '--optimizer=adamw', '--eval_interval=99',
+                 f'--dataset={data}', f'--out_dir={tmp_path}/out']
+        if not any(flag.startswith('--max_epochs') for flag in flags):
+            words.append('--max_iters=3')
         return script('train.py', *words, *flags, status=status, MPLBACKEND='')
     return run
 
@@ -144,11 +146,13 @@ def test_a_run_shows_and_writes_what_it_should(run):
 def test_a_run_ends_after_its_epochs(train_small, data, tmp_path):
     tokens = Split(data, 'train').n_tokens  # a window has 16, a step 8 windows
     steps = math.ceil(0.15 * ((tokens - 1) // 16) / 8)
-    done = train_small('--max_epochs=0.15', '--max_iters=3')
+    done = train_small('--max_epochs=0.15')
     assert load_checkpoint(tmp_path / 'out' / 'ckpt.pt')['iter'] == steps > 10
     assert f'; {steps} steps by max_epochs are 0.1' in done.out
     refused = train_small('--init_from=resume', '--max_epochs=0.001', status=2)
     assert f'asks for 1 steps, but {tmp_path}/out/ckpt.pt has already done {steps}' in refused.err
+    train_small('--init_from=resume', f'--max_iters={steps + 1}')
+    assert load_checkpoint(tmp_path / 'out' / 'ckpt.pt')['iter'] == steps + 1
 
 
 def test_a_kept_checkpoint_resumes_to_the_same_run(train_small, tmp_path):
