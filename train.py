@@ -125,6 +125,8 @@ def check_settings():
     one_of(('muon', 'adamw'), optimizer=optimizer)
     one_of(('auto', 'True', 'False'), compile=compile)
     check_tracker(track)
+    if init_from == 'resume' and overwrite:
+        raise SettingError('init_from resume continues the run, and overwrite replaces it: leave out one')
     if 'WORLD_SIZE' in os.environ and 'RANK' not in os.environ:  # every process would believe to be rank 0
         raise UserError('WORLD_SIZE is set but RANK is not: unset it, or start the processes with torchrun')
 
