@@ -13,6 +13,7 @@ A checkpoint is a dict with
 It holds tensors and plain values only, so reading a foreign one runs no code.
 """
 
+import copy
 import json
 import math
 import os
@@ -430,6 +431,8 @@ def load_optimizer_state(optimizer, saved):
     if not isinstance(saved, dict):
         raise ValueError(f'the state of an optimizer is {reprlib.repr(saved)}')
     groups = optimizer.state_dict()['param_groups']
+    # The saved tensors are a map of ckpt.pt, and Windows does not replace a file that is mapped: copy them.
+    saved = copy.deepcopy(saved)
     optimizer.load_state_dict(saved | {'param_groups': groups})
     for p, state in optimizer.state.items():
         if not isinstance(state, dict):

@@ -2,8 +2,10 @@
 
 The processes are forked from one that has already imported what is slow. Two things differ from a user's
 process: there is one thread, and with MPLBACKEND='' no loss.png is drawn, which would take most of the time.
+With LIKE_WINDOWS=1 a file that is open or mapped cannot be removed or replaced.
 """
 
+import contextlib
 import gc
 import json
 import multiprocessing
@@ -17,6 +19,7 @@ from pathlib import Path
 
 from data.shards import ShardWriter
 from data.tokenizer import CharTokenizer
+from tests.helpers.windows import windows_files
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -96,7 +99,9 @@ def run_script(words, folder, cwd, environment):
     torch.set_num_threads(1)
     sys.argv = once(words)
     sys.path.insert(0, str(ROOT))
-    runpy.run_path(str(ROOT / words[0]), run_name='__main__')
+    file_system = windows_files() if environment.get('LIKE_WINDOWS') else contextlib.nullcontext()
+    with file_system:
+        runpy.run_path(str(ROOT / words[0]), run_name='__main__')
 
 
 class Script:

@@ -155,6 +155,18 @@ def test_a_run_ends_after_its_epochs(train_small, data, tmp_path):
     assert load_checkpoint(tmp_path / 'out' / 'ckpt.pt')['iter'] == steps + 1
 
 
+def test_a_resumed_run_saves_although_windows_replaces_no_mapped_file(data, tmp_path):
+    words = [*SETTINGS, f'--dataset={data}', '--eval_interval=1', '--save_interval=1']
+    like_windows = {'MPLBACKEND': '', 'LIKE_WINDOWS': '1'}
+    out = tmp_path / 'out'
+    script('train.py', *words, '--max_iters=1', f'--out_dir={out}', **like_windows)
+    script('train.py', '--init_from=resume', '--max_iters=3', f'--out_dir={out}', **like_windows)
+    assert load_checkpoint(out / 'ckpt.pt')['iter'] == 3
+    script('train.py', *words, '--max_iters=1', f'--init_from={out}', f'--out_dir={out}', '--overwrite',
+           **like_windows)
+    assert load_checkpoint(out / 'ckpt.pt')['iter'] == 1
+
+
 def test_a_kept_checkpoint_resumes_to_the_same_run(train_small, tmp_path):
     flags = '--max_iters=5', '--eval_interval=4', '--save_interval=2', '--seed=5', '--dropout=0.2'
     train_small(*flags)
