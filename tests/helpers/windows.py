@@ -1,4 +1,4 @@
-"""Windows' rule for open files, on Linux: what this process has open or mapped cannot be removed or replaced."""
+"""Windows' rule on Linux: a file that this process has open or mapped cannot be removed or replaced."""
 
 import contextlib
 import os
@@ -33,7 +33,7 @@ def refusing(function):
 
 
 def identity(path, dir_fd=None):
-    """Return what tells a file from all others, (device, inode); None if there is no such file, or a folder."""
+    """Return (device, inode) of a file, which no other file has; None for a folder or a missing file."""
     try:
         status = os.stat(path, dir_fd=dir_fd, follow_symlinks=False)
     except OSError:
