@@ -38,7 +38,7 @@ from core.distributed import (
     report_lost_ranks,
     wait_for_ranks,
 )
-from core.evaluate import Evaluator, count_loss, evaluate, find_infill_rows
+from core.evaluate import Evaluator, count_loss, describe_measure, evaluate, find_infill_rows
 from core.generate import first_story_words, sample_story
 from core.kernels import use_fast_cpu_kernels
 from core.optim import clip_and_step, make_optimizers, set_learning_rate
@@ -178,6 +178,52 @@ def resume(this_run, max_steps):
     checkpoint = load_checkpoint(this_run.folder.path / 'ckpt.pt', TO_RESUME)
     check_resumable(checkpoint, this_run.model.config, this_run.meta, max_steps)
     this_run.restore(checkpoint)
+    if get_ranks().rank == 0:
+        print_resumption(this_run, checkpoint['settings'])
+
+
+def print_resumption(this_run, saved):
+    """Print what a user must know of the run that is resumed. saved: the settings in its checkpoint."""
+    saved = settings(globals()) | saved  # an old checkpoint has fewer
+    step = this_run.step
+    later = this_run.folder.later_checkpoints(step)
+    if this_run.best_step > step:
+        later.insert(0, f'best.pt (step {this_run.best_step}, validation loss {this_run.best_val_loss:.4f})')
+    if later:
+        print(f"later than ckpt.pt, which is of step {step}: {', '.join(later)}; best.pt stays until there is "
+              'a lower loss, the others until the run comes to their steps')
+    if this_run.folder.last_recorded_step() > step:
+        print(f'metrics.jsonl and samples.jsonl go on at step {step}: their later lines are removed')
+    before = describe_data_order(saved)
+    now = describe_data_order(settings(globals()))
+    if before != now:
+        print(f'the run had {before}, and now has {now}: from here on the data comes in another order, so some '
+              'of this epoch is skipped and some is seen twice')
+
+
+def describe_data_order(values):
+    """Return in words what the order of the data depends on. values: settings of this script."""
+    global_batch_size = values['batch_size'] * values['gradient_accumulation_steps']
+    return f"{global_batch_size} sequences per step and seed {values['seed']}"
+
+
+def measure_best_again(this_run, evaluator, val_split):
+    """Measure the validation loss of best.pt on what losses are measured on now."""
+    weights = {name: weight.clone() for name, weight in this_run.model.state_dict().items()}
+    best = load_checkpoint(this_run.folder.path / 'best.pt')
+    this_run.model.load_state_dict(best['model'])
+    this_run.model.eval()
+    metrics = evaluate(evaluator, val_split, max_batches=eval_iters)
+    this_run.model.train()
+    this_run.model.load_state_dict(weights)
+    if metrics is None:  # asked to stop: the next resumed run will measure
+        return
+    if get_ranks().rank == 0:
+        before = this_run.best_measured_on or 'what is not known'
+        print(f"best.pt (step {this_run.best_step}) has a validation loss of {metrics['val_loss']:.4f} on "
+              f'{this_run.measured_on}; the {this_run.best_val_loss:.4f} so far was on {before}')
+    this_run.best_val_loss = metrics['val_loss']
+    this_run.best_measured_on = this_run.measured_on
 
 
 def load_weights(model, tokenizer):
@@ -277,7 +323,8 @@ def main():
     model = GPT(make_config(tokenizer.vocab_size)).to(torch_device)
     optimizers = make_optimizers(model, optimizer, learning_rate, weight_decay, (beta1, beta2))
     scaler = torch.amp.GradScaler(torch_device.type, enabled=ptdtype == torch.float16)
-    this_run = Run(run_folder, model, optimizers, scaler, tokenizer, train_split.meta, settings(globals()))
+    this_run = Run(run_folder, model, optimizers, scaler, tokenizer, train_split.meta, settings(globals()),
+                   describe_measure(val_split, block_size, batch_size, eval_iters, ptdtype))
     if run_folder.resume:
         resume(this_run, max_steps)
     elif init_from != 'scratch':
@@ -290,6 +337,9 @@ def main():
     # evaluation
     stop = StopSignals()
     evaluator = Evaluator(score, block_size, batch_size, torch_device, ranks, stop.requested)
+    if this_run.best_measured_on != this_run.measured_on:  # the run to resume had other settings
+        with context:
+            measure_best_again(this_run, evaluator, val_split)
     infill_rows = find_infill_rows(val_split, block_size)
     prompt = first_story_words(val_split, tokenizer, block_size // 2)  # of the sampled stories
 
