@@ -362,11 +362,11 @@ class SettingError(UserError):
     status = 2
 
 
-def run(main, less_memory=''):
+def run(main, less_memory=None):
     """Call `main()`. A user's mistake, an I/O error or Ctrl-C ends in one line and an exit status.
 
     A bug keeps its traceback. TRACEBACK=1 in the environment shows the traceback of any error.
-    less_memory: advice to add if memory runs out.
+    less_memory: a function that returns advice to add if memory runs out.
     """
     set_up_streams()
     try:
@@ -401,7 +401,7 @@ def status_and_message(error, less_memory):
         reason = error.strerror or str(error)
         return 1, f'{error.filename}: {reason}' if error.filename else reason
     if out_of_memory(error):
-        return 1, f'out of memory: {less_memory}' if less_memory else 'out of memory'
+        return 1, f'out of memory: {less_memory()}' if less_memory else 'out of memory'
     return None
 
 
@@ -426,7 +426,7 @@ def print_message(message):
     """Print one line on stderr, above a progress bar if there is one."""
     from tqdm import tqdm
 
-    if int(os.environ.get('LOCAL_RANK', 0)) > 0:
+    if os.environ.get('LOCAL_RANK', '0') not in ('', '0'):
         # Usually every rank fails the same way: let rank 0 print, and wait for torchrun to end this one.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)

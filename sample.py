@@ -237,6 +237,10 @@ def main():
         print(f'{n_cut} of {len(requests)} stories were cut at {limited_by}', file=sys.stderr)
 
 
+def suggest_less_memory():
+    return 'write fewer stories at once (--num_samples), or with --dtype bfloat16'
+
+
 if __name__ == '__main__':
     configure(globals())
-    run(main, 'write fewer stories at once (--num_samples), or with --dtype bfloat16')
+    run(main, suggest_less_memory)

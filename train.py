@@ -8,7 +8,6 @@
 
 import gc
 import math
-import os
 import shlex
 import sys
 import time
@@ -34,9 +33,9 @@ from core.distributed import (
     StopSignals,
     get_ranks,
     join_ranks,
+    leave_ranks,
     mean_over_ranks,
     report_lost_ranks,
-    wait_for_ranks,
 )
 from core.evaluate import Evaluator, count_loss, describe_measure, evaluate, find_infill_rows
 from core.generate import first_story_words, sample_story
@@ -127,8 +126,6 @@ def check_settings():
     check_tracker(track)
     if init_from == 'resume' and overwrite:
         raise SettingError('init_from resume continues the run, and overwrite replaces it: leave out one')
-    if 'WORLD_SIZE' in os.environ and 'RANK' not in os.environ:  # every process would believe to be rank 0
-        raise UserError('WORLD_SIZE is set but RANK is not: unset it, or start the processes with torchrun')
 
 
 def make_config(vocab_size):
@@ -190,15 +187,15 @@ def print_resumption(this_run, saved):
     if this_run.best_step > step:
         later.insert(0, f'best.pt (step {this_run.best_step}, validation loss {this_run.best_val_loss:.4f})')
     if later:
-        print(f"later than ckpt.pt, which is of step {step}: {', '.join(later)}; best.pt stays until there is "
-              'a lower loss, the others until the run comes to their steps')
+        print(f"later than ckpt.pt, which is of step {step}: {', '.join(later)}; best.pt stays until there "
+              'is a lower loss, the others until the run comes to their steps')
     if this_run.folder.last_recorded_step() > step:
         print(f'metrics.jsonl and samples.jsonl go on at step {step}: their later lines are removed')
     before = describe_data_order(saved)
     now = describe_data_order(settings(globals()))
     if before != now:
-        print(f'the run had {before}, and now has {now}: from here on the data comes in another order, so some '
-              'of this epoch is skipped and some is seen twice')
+        print(f'the run had {before}, and now has {now}: from here on the data comes in another order, so '
+              'some of this epoch is skipped and some is seen twice')
 
 
 def describe_data_order(values):
@@ -243,6 +240,18 @@ def load_weights(model, tokenizer):
 
 
 # training ---------------------------------------------------------------------
+
+def facts_to_compare(this_run, ptdtype):
+    """Return {name: value} of what must be the same on all ranks; paths may differ between machines."""
+    may_differ = 'dataset', 'out_dir', 'init_from', 'device', 'overwrite', 'verify_data', 'track'
+    facts = {name: value for name, value in this_run.settings.items() if name not in may_differ}
+    return facts | {
+        'data with fingerprint': fingerprint(this_run.meta)[:12],
+        'step': this_run.step,
+        'best_val_loss': this_run.best_val_loss,
+        'dtype': str(ptdtype),
+    }
+
 
 def lr_factor(step, max_steps):
     """Return the fraction of the peak learning rate at `step`: linear warmup, then linear decay to 0."""
@@ -331,7 +340,7 @@ def main():
         load_weights(model, tokenizer)
 
     # wrap the model in DDP, then compile it or, on a CPU, use faster kernels
-    ddp_model = join_ranks(model, torch_device)
+    ddp_model = join_ranks(model, torch_device, facts_to_compare(this_run, ptdtype))
     train_model, score = speed_up(ddp_model, this_run, batches, torch_device, context)
 
     # evaluation
@@ -422,12 +431,17 @@ def main():
         print(f'done at step {this_run.step}/{max_steps}: best validation loss {this_run.best_val_loss:.4f} '
               f'at step {this_run.best_step}; write stories with: '
               f"python {script_path('sample.py')} --out_dir {shlex.quote(out_dir)}")
-    wait_for_ranks()
+    leave_ranks()
     if stopping:
         raise SystemExit(stop.exit_status())
 
 
+def main_of_a_rank():
+    """Run main(); if another rank is lost, one line says so."""
+    with report_lost_ranks(partial(resume_command, out_dir)):
+        main()
+
+
 if __name__ == '__main__':
     configure(globals(), base=checkpoint_settings, alternatives=('max_iters', 'max_epochs'))
-    with report_lost_ranks(resume_command(out_dir)):
-        run(main, suggest_less_memory())
+    run(main_of_a_rank, suggest_less_memory)

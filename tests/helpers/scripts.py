@@ -145,16 +145,24 @@ def script(*words, status=0, cwd=ROOT, **environment):
 
 def on_ranks(ranks, *words, program='train.py'):
     """Run a script on several ranks until all have ended, without torchrun; return what rank 0 prints."""
+    runs = start_ranks([(program, *words)] * ranks)
+    for run in runs:
+        run.finish()
+    return runs[0].out
+
+
+def start_ranks(commands):
+    """Start ranks without torchrun, each with a command line of its own; return their Scripts."""
     import torch.distributed as dist
 
+    ranks = len(commands)
     store = dist.TCPStore('localhost', 0, is_master=True, wait_for_workers=False)
     runs = []
-    for rank in range(ranks):
+    for rank, words in enumerate(commands):
         environment = {
             'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': ranks, 'LOCAL_WORLD_SIZE': ranks,
             'MASTER_ADDR': 'localhost', 'MASTER_PORT': store.port, 'TORCHELASTIC_USE_AGENT_STORE': True}
         environment = {name: str(value) for name, value in environment.items()}
-        runs.append(Script(program, *words, **environment))
-    for run in runs:
-        run.finish()
-    return runs[0].out
+        runs.append(Script(*words, **environment))
+    runs[0].store = store  # rank 0 keeps it open for the others
+    return runs

@@ -196,7 +196,8 @@ def test_a_resumed_run_says_if_its_data_comes_in_another_order(train_small):
     assert ('the run had 8 sequences per step and seed 1337, and now has 6 sequences per step and seed 1337: '
             'from here on the data comes in another order') in other.out
     other = train_small('--init_from=resume', '--seed=5')
-    assert 'the run had 6 sequences per step and seed 1337, and now has 8 sequences per step and seed 5' in other.out
+    assert ('the run had 6 sequences per step and seed 1337, and now has 8 sequences per step and seed 5'
+            ) in other.out
 
 
 def test_a_resumed_run_saves_although_windows_replaces_no_mapped_file(data, tmp_path):
