@@ -45,15 +45,17 @@ def main():
 
     # temporary folders: at the end, the files in `new` replace the old ones; `cache` has intermediate files
     with write_dataset_atomically(folder) as (new, cache):
-        enc, split_meta = write_dataset(new, cache)
+        enc, split_meta, lines = write_dataset(new, cache)
 
+    print('\n'.join(lines))
     print_totals(split_meta, enc, time.perf_counter() - start_time)
     print_next_command()
 
 
 def write_dataset(folder, cache):
-    """Write all files of the dataset into `folder`. Return (tokenizer, {split: entry of meta.json}).
+    """Write all files of the dataset into `folder`.
 
+    Returns (tokenizer, {split: entry of meta.json}, lines that say where the stories went).
     The stories are mapped files in `cache`, which Windows cannot remove before this function has returned.
     """
     # a given tokenizer is opened first, so that a wrong path shows before a long download
@@ -68,7 +70,6 @@ def write_dataset(folder, cache):
     elif 'validation' in stories and val_percentage > 0:
         raise SettingError(f'val_percentage {val_percentage:g} has no effect, as {source} has a split for '
                            f'validation ({files_line}): leave it out')
-    print(files_line)
 
     splits, n_blank = split_stories(stories, cache)
     if enc is None:
@@ -83,8 +84,8 @@ def write_dataset(folder, cache):
     write_meta(folder, enc, source, infill_rate, split_meta)
 
     n_train, n_val = split_meta['train']['stories'], split_meta['val']['stories']
-    print(f'stories: {n_train:,} for training, {n_val:,} for validation, {n_blank:,} blank')
-    return enc, split_meta
+    stories_line = f'stories: {n_train:,} for training, {n_val:,} for validation, {n_blank:,} blank'
+    return enc, split_meta, [files_line, stories_line]
 
 
 def check_settings():
