@@ -93,7 +93,7 @@ WRONG_VALUES = {
     SAMPLE: 'ckpt=old num_samples=0 max_new_tokens=0 temperature=-1 top_k=-1 seed=-1 top_p=0 top_p=2 '
             'dtype=int4 device=tpu min_new_tokens=-1',
     EXPORT: 'format=onnx ckpt=old dtype=int4 path=',
-    PREPARE: 'encoding_type=word data_percentage=0 data_percentage=101 val_percentage=0 val_percentage=100 '
+    PREPARE: 'encoding_type=word data_percentage=0 data_percentage=101 val_percentage=-1 val_percentage=100 '
              'infill_rate=-1 infill_rate=2 num_proc=-1 seed=-1',
     TOKEN_FILES: 'encoding_type=word data_percentage=0 data_percentage=101 val_percentage=-1 '
                  'val_percentage=100',
