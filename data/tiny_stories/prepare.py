@@ -16,6 +16,7 @@ from hashlib import blake2b
 import numpy as np
 
 from configurator import SettingError, UserError, configure, in_range, one_of, run, script_path
+from core.memory import limit_memory
 from data import infill
 from data.shards import ShardWriter, write_dataset_atomically, write_meta
 from data.splits import split_document
@@ -41,6 +42,7 @@ offline = False  # never use the network: read hub datasets and GPT-2's vocabula
 def main():
     start_time = time.perf_counter()
     check_settings()
+    limit_memory()
     folder = Path(out_dir or Path(__file__).parent)
 
     # temporary folders: at the end, the files in `new` replace the old ones; `cache` has intermediate files
