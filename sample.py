@@ -10,6 +10,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # this repository comes before PYTHONPATH
+
 import torch
 from tqdm import tqdm
 

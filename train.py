@@ -15,6 +15,8 @@ from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # this repository comes before PYTHONPATH
+
 import numpy as np
 import torch
 

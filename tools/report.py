@@ -373,7 +373,7 @@ def make_html(names, rows, runs):
         'table': [{'group': group, 'rows': rows} for group, rows in groups.items()],
         'runs': runs,
     }
-    template = Path(__file__).with_name('report_template.html').read_text(encoding='utf-8')
+    template = Path(__file__).resolve().with_name('report_template.html').read_text(encoding='utf-8')
     text = json.dumps(data).replace('<', '\\u003c')  # no text of a story can end the script element
     return template.replace('__DATA__', text)
 

@@ -43,7 +43,7 @@ def main():
     start_time = time.perf_counter()
     check_settings()
     limit_memory()
-    folder = Path(out_dir or Path(__file__).parent)
+    folder = Path(out_dir or Path(__file__).resolve().parent)
 
     # temporary folders: at the end, the files in `new` replace the old ones; `cache` has intermediate files
     with write_dataset_atomically(folder) as (new, cache):
