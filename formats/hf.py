@@ -8,7 +8,8 @@ import torch
 
 from configurator import UserError, user_errors
 from core.checkpoint import config_of
-from data.tokenizer_files import CONTROL, UNKNOWN, read_tokenizer
+from data.sentencepiece_file import CONTROL, UNKNOWN
+from data.tokenizer_files import read_tokenizer
 from formats import base
 from formats.families import GPT2, LLAMA, family_of, required_block
 from formats.pieces import gpt2_merges, merges_of, pieces_of

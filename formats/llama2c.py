@@ -19,7 +19,8 @@ import torch
 
 from configurator import UserError, user_errors
 from core.checkpoint import parameter_shapes
-from data.tokenizer_files import BYTE, NORMAL, read_tokenizer
+from data.sentencepiece_file import BYTE, NORMAL
+from data.tokenizer_files import read_tokenizer
 from formats import base
 from formats.families import LLAMA
 from formats.pieces import pieces_of

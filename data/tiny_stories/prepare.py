@@ -21,7 +21,7 @@ from data import infill
 from data.shards import ShardWriter, write_dataset_atomically, write_meta
 from data.splits import split_document
 from data.stories import load_stories, map_stories
-from data.tokenizer import BPETokenizer, CharTokenizer, unique_characters
+from data.tokenizer import BPETokenizer, CharTokenizer, VocabSizeError, unique_characters
 from data.tokenizer_files import load_gpt2, open_tokenizer
 
 source = 'roneneldan/TinyStories'  # a name on the Hugging Face hub, a file, a folder, or sample (built in)
@@ -210,12 +210,16 @@ def train_tokenizer(stories, cache):
     fits = to_numpy(stories, 'bytes')[order].cumsum() <= 100_000_000
     fits[0] = True  # at least one story
     sample = stories.select(np.sort(order[fits]))
-    size = vocab_size
-    if size == 0:
-        # Not 30,000: in a model 288 wide, the embeddings alone would be 8.6M parameters, more than all layers
-        # of a 15M model.
-        size = 1536 if source == 'sample' else 4096
-    return BPETokenizer.train(sample['text'], size)
+    if vocab_size:
+        return BPETokenizer.train(sample['text'], vocab_size)
+    # Not 30,000: in a model 288 wide, the embeddings alone would be 8.6M parameters, more than all layers of
+    # a 15M model.
+    size = 1536 if source == 'sample' else 4096
+    try:
+        return BPETokenizer.train(sample['text'], size)
+    except VocabSizeError as error:
+        print(f'vocab_size: {error.nearest}, because {size} does not suit this text')
+        return BPETokenizer.train(sample['text'], error.nearest)
 
 
 def collect_characters(batch):
