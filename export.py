@@ -35,7 +35,7 @@ out_dir = 'out-tiny-stories'  # folder of the run
 ckpt = 'best'  # best (lowest validation loss) or last
 format = ''  # required: llama2c, llama2c-int8, hf, gguf, html or safetensors
 path = ''  # required: where to write: a file for gguf and html, else a new folder
-dtype = 'f32'  # of the matrices in gguf: f32, f16 or q8_0
+dtype = ''  # of the weights: f32, f16 or q8_0 in gguf, f32, f16 or bf16 in hf and safetensors; '': f32
 
 _GREEDY_TOKENS = 64  # length of the story whose tokens are compared
 _PROBABILITIES = 2**20  # number of probabilities that are compared: llama.cpp takes seven seconds for them
@@ -49,8 +49,9 @@ def check_settings(formats):
     """Check the settings. Raises SettingError."""
     one_of(formats, format=format)
     one_of(FILES, ckpt=ckpt)
-    one_of(('f32', 'f16', 'q8_0'), dtype=dtype)
     chosen = formats[format]
+    if dtype and dtype not in chosen.dtypes:
+        raise SettingError(f"dtype is {dtype!r}, but --format {format} writes {', '.join(chosen.dtypes)}")
     if not path:
         kind = 'a new folder' if chosen.files else 'a file'
         raise SettingError(f'path is empty: type --path and {kind} to write')
@@ -102,20 +103,26 @@ def staging(target):
     if stage.is_symlink():
         raise UserError(f'{stage} is a link to another folder: remove it')
     stage.mkdir(parents=True, exist_ok=True)
-    with lock_folder(stage, f'it, too, exports to {target}'):
-        try:
-            for left in stage.glob('[!.]*'):  # by a process that was killed
-                remove(left)
-            yield stage / 'export'
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
+    lock = lock_folder(stage, f'it, too, exports to {target}')
+    try:
+        with lock:
+            remove_all_but_the_lock(stage)  # a process that was killed may have left something
+            try:
+                yield stage / 'export'
+            finally:
+                remove_all_but_the_lock(stage)
+    finally:
+        with contextlib.suppress(OSError):  # another export to the same place may have begun
+            (stage / '.lock').unlink(missing_ok=True)  # only now, as Windows removes no open file
+            stage.rmdir()
 
 
-def remove(file_or_folder):
-    if file_or_folder.is_dir():
-        shutil.rmtree(file_or_folder)
-    else:
-        file_or_folder.unlink()
+def remove_all_but_the_lock(folder):
+    for path in folder.glob('[!.]*'):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def write_export(chosen, staged, checkpoint, tokenizer):
@@ -161,6 +168,22 @@ def put_in_place(staged, target):
 
 
 # comparing --------------------------------------------------------------------
+
+def check_export(chosen, staged, model, tokenizer):
+    """Read an export back and compare it with our model. Raises UserError if it differs.
+
+    If the program that reads it is not installed, print that instead.
+    """
+    try:
+        chosen.read(staged)
+    except ModuleNotFoundError as error:
+        print(f'not checked: reading back by {chosen.reader} needs pip install {error.name}')
+        return
+    try:
+        compare(model, tokenizer, chosen)
+    finally:
+        chosen.close()
+
 
 @torch.inference_mode()
 def compare(model, tokenizer, program):
@@ -248,12 +271,14 @@ def main():
         'llama2c': Llama2c(),
         'llama2c-int8': Llama2c(int8=True),
         'hf': HuggingFace(),
-        'gguf': GGUF(dtype),
+        'gguf': GGUF(),
         'html': HTML(),
         'safetensors': Safetensors(),
     }
     check_settings(formats)
     chosen = formats[format]
+    if dtype:
+        chosen.dtype = dtype
 
     # load the model
     checkpoint, tokenizer = load_with_tokenizer(Path(out_dir, FILES[ckpt]))
@@ -262,18 +287,10 @@ def main():
 
     target = Path(path)
     with staging(target) as staged:
-        # write it to a temporary place
         with report_write_errors(target, '--path'):
             write_export(chosen, staged, checkpoint, tokenizer)
 
-        # read it back and compare
-        try:
-            chosen.read(staged)
-        except ModuleNotFoundError as error:
-            print(f'not checked: reading back by {chosen.reader} needs pip install {error.name}')
-        else:
-            compare(model, tokenizer, chosen)
-
+        check_export(chosen, staged, model, tokenizer)
         put_in_place(staged, target)
     print(f'wrote {target}')
 

@@ -39,6 +39,7 @@ class HTML(base.Format):
 
     reader = 'its own scripts under Node'
     magic = b'<!DOCTYPE html><html lang="en">\n<!-- stories -->'
+    dtypes = ('int8',)
     max_kl = 0.05
 
     def write(self, path, checkpoint, tokenizer, validation_loss='not measured'):
@@ -81,6 +82,10 @@ class HTML(base.Format):
 
     def decode(self, ids):
         return self.ask('decode', ids=ids)
+
+    def close(self):
+        self.node.kill()
+        self.node.wait()
 
 
 def assemble_page(about, worker, weights):
