@@ -51,7 +51,7 @@ def check_settings(formats):
     one_of(FILES, ckpt=ckpt)
     chosen = formats[format]
     if dtype and dtype not in chosen.dtypes:
-        raise SettingError(f"dtype is {dtype!r}, but --format {format} writes {', '.join(chosen.dtypes)}")
+        raise SettingError(f"dtype is {dtype!r}, but --format {format} writes {' or '.join(chosen.dtypes)}")
     if not path:
         kind = 'a new folder' if chosen.files else 'a file'
         raise SettingError(f'path is empty: type --path and {kind} to write')

@@ -264,9 +264,9 @@ def test_a_gpt2_vocabulary_cannot_go_to_llama2c(tmp_path, run_export):
 @pytest.mark.parametrize('settings, message', [
     ({'format': 'onnx'}, r"format is 'onnx'.*one of llama2c, .*safetensors"),
     ({'format': 'hf', 'ckpt': 'first'}, "ckpt is 'first'"),
-    ({'format': 'gguf', 'dtype': 'bf16'}, "dtype is 'bf16', but --format gguf writes f32, f16, q8_0"),
-    ({'format': 'hf', 'dtype': 'q8_0'}, "dtype is 'q8_0', but --format hf writes f32, f16, bf16"),
-    ({'format': 'safetensors', 'dtype': 'half'}, "dtype is 'half', but --format safetensors writes f32, f16"),
+    ({'format': 'gguf', 'dtype': 'bf16'}, "dtype is 'bf16', but --format gguf writes f32 or f16 or q8_0"),
+    ({'format': 'hf', 'dtype': 'q8_0'}, "dtype is 'q8_0', but --format hf writes f32 or f16 or bf16"),
+    ({'format': 'safetensors', 'dtype': 'half'}, "'half', but --format safetensors writes f32 or f16"),
     ({'format': 'llama2c', 'dtype': 'f16'}, "dtype is 'f16', but --format llama2c writes f32"),
     ({'format': 'llama2c-int8', 'dtype': 'f32'}, "dtype is 'f32', but --format llama2c-int8 writes int8"),
     ({'format': 'html', 'dtype': 'f16'}, "dtype is 'f16', but --format html writes int8"),
