@@ -21,6 +21,7 @@ import re
 import reprlib
 import shutil
 import tempfile
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -93,10 +94,21 @@ def write_dataset_atomically(folder):
                     cache = Path(temporary, 'cache')
                     new.mkdir()
                     cache.mkdir()
-                    yield new, cache
+                    try:
+                        yield new, cache
+                    except BaseException as error:
+                        forget_variables(error)
+                        raise
                     replace_dataset(folder, new)
             finally:
                 remove_if_empty(folder)
+
+
+def forget_variables(error):
+    """Clear the variables of the functions that `error` has ended: Windows removes no file that they map."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
 
 
 def replace_dataset(folder, new):

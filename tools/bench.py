@@ -405,9 +405,10 @@ def encodings():
     The context has equally many tokens, not bytes: then a token costs the same, except for the vocabulary.
     How far back the tokens reach is part of what an encoding gives.
     """
-    source, val_percentage = 'sample', 1
+    source, val_percentage = 'sample', 0
     if text:
         source = Path(text).resolve()
+    if text and source.is_file():
         val_percentage = min(10, 1e7 / max(source.stat().st_size, 1))  # about 100 KB
     found = {}
     with tempfile.TemporaryDirectory() as folder:

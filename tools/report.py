@@ -398,6 +398,10 @@ def main():
     print(f'look at {target}')
 
 
+def suggest_less_memory():
+    return 'write fewer stories (--num_samples), or use --dtype bfloat16'
+
+
 if __name__ == '__main__':
     configure(globals())
-    run(main, 'write fewer stories (--num_samples), or use --dtype bfloat16')
+    run(main, suggest_less_memory)

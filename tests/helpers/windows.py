@@ -1,50 +1,62 @@
-"""Windows' rule on Linux: a file that is open or mapped cannot be removed, moved or replaced."""
+"""Windows' rule on Linux: a file that this process has open or mapped cannot be removed or replaced."""
 
 import contextlib
 import os
-from pathlib import Path
 from unittest import mock
 
-
-def files_in_use():
-    """Return the real paths of the files that this process has open or mapped."""
-    found = set()
-    for link in Path('/proc/self/fd').iterdir():
-        with contextlib.suppress(OSError):  # the one of iterdir itself
-            found.add(os.readlink(link))
-    for line in Path('/proc/self/maps').read_text().splitlines():
-        fields = line.split(maxsplit=5)  # addresses, permissions, offset, device, inode, path
-        if len(fields) == 6:
-            found.add(fields[5])
-    return found
-
-
-def refuse_files_in_use(path, dir_fd=None):
-    """Raise PermissionError if this process uses the file `path`, or a file in the folder `path`."""
-    folder = os.readlink(f'/proc/self/fd/{dir_fd}') if dir_fd is not None else os.getcwd()
-    real = Path(os.path.realpath(folder), os.fsdecode(path))
-    real = real.parent.resolve() / real.name
-    for used in files_in_use():
-        if used == str(real) or used.startswith(f'{real}/'):
-            raise PermissionError(13, 'another program uses this file', str(path))
+REFUSED = 'The process cannot access the file because it is being used by another process'
 
 
 @contextlib.contextmanager
 def windows_files():
-    """A context in which os, shutil and pathlib treat files in use as Windows does."""
-    remove, rename, replace = os.remove, os.rename, os.replace
+    """Let os.remove, os.unlink, os.rename and os.replace refuse files that are open or mapped here.
 
-    def checked_remove(path, *, dir_fd=None):
-        refuse_files_in_use(path, dir_fd)
-        remove(path, dir_fd=dir_fd)
-
-    def checked_move(move):
-        def checked(source, target, *, src_dir_fd=None, dst_dir_fd=None):
-            refuse_files_in_use(source, src_dir_fd)
-            refuse_files_in_use(target, dst_dir_fd)
-            move(source, target, src_dir_fd=src_dir_fd, dst_dir_fd=dst_dir_fd)
-        return checked
-
-    with mock.patch.multiple(os, remove=checked_remove, unlink=checked_remove, rename=checked_move(rename),
-                             replace=checked_move(replace)):
+    pathlib and shutil call these functions, so their methods refuse, too.
+    """
+    with contextlib.ExitStack() as stack:
+        for name in 'remove', 'unlink', 'rename', 'replace':
+            stack.enter_context(mock.patch.object(os, name, refusing(getattr(os, name))))
         yield
+
+
+def refusing(function):
+    """Return `function`, one of os that takes a path or two, with Windows' rule."""
+
+    def checked(*paths, dir_fd=None, **options):
+        used = files_in_use()
+        for path in paths:
+            if used & identities(path, dir_fd):
+                raise PermissionError(13, REFUSED, str(path))
+        return function(*paths, **options) if dir_fd is None else function(*paths, dir_fd=dir_fd, **options)
+
+    return checked
+
+
+def identities(path, dir_fd=None):
+    """Return {(device, inode)} of a file, which no other file has, or of the files in a folder."""
+    try:
+        status = os.stat(path, dir_fd=dir_fd, follow_symlinks=False)
+    except OSError:
+        return set()
+    if not os.path.stat.S_ISDIR(status.st_mode):
+        return {(status.st_dev, status.st_ino)}
+    found = set()
+    for folder, _, names in os.walk(path):
+        for name in names:
+            found |= identities(os.path.join(folder, name))
+    return found
+
+
+def files_in_use():
+    """Return the identities of the files that this process has open or mapped."""
+    used = set()
+    for name in os.listdir('/proc/self/fd'):
+        with contextlib.suppress(OSError):  # the descriptor of the listing itself is closed by now
+            status = os.stat(f'/proc/self/fd/{name}')
+            used.add((status.st_dev, status.st_ino))
+    with open('/proc/self/maps') as maps:
+        for line in maps:
+            _, _, _, device, inode, *_ = line.split(maxsplit=5)
+            major, minor = device.split(':')
+            used.add((os.makedev(int(major, 16), int(minor, 16)), int(inode)))
+    return used
