@@ -31,7 +31,6 @@ class Format:
 
     reader = 'our own importer'  # the program that reads it back, as messages name it
     files = ()  # names of the files that are written into a folder; empty if the format is a single file
-    magic = b''  # the first bytes of that single file
     dtypes = ('f32',)  # of the weights in the file, those to choose from
     max_kl = 1e-6  # largest acceptable KL divergence, in nats: see `compare_predictions` in export.py
 
@@ -45,9 +44,8 @@ class Format:
         gc.collect()  # a model may refer to itself
 
     def recognizes(self, path):
-        """Return whether a file is of this format, by its first bytes."""
-        with open(path, 'rb') as file:
-            return file.read(len(self.magic)) == self.magic
+        """Return whether a file, or a folder with nothing but `files`, was written by `write`."""
+        raise NotImplementedError
 
 
 class Importer(Format):
@@ -121,6 +119,14 @@ def read_json_object(path):
         if not isinstance(content, dict):
             raise ValueError('it does not hold a JSON object')
     return content
+
+
+def entry_of_config(folder, name):
+    """Return an entry of the config.json in a folder, or None if there is none."""
+    try:
+        return read_json_object(folder / 'config.json').get(name)
+    except UserError:  # it is missing, or damaged
+        return None
 
 
 def own_weights(checkpoint, dtype='f32'):

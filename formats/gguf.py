@@ -10,12 +10,12 @@ from formats.llamacpp import Server
 from formats.pieces import gpt2_merges, pieces_of
 from model import GPTConfig
 
+DESCRIPTION = 'a model of stories, written by export.py'  # tells our files from others
 Q8_0_GROUP = 32  # neighbours that share a scale
 
 
 class GGUF(base.Format):
     reader = 'llama.cpp (xllamacpp)'
-    magic = b'GGUF'
     dtypes = 'f32', 'f16', 'q8_0'
 
     def __init__(self, dtype='f32'):
@@ -26,6 +26,11 @@ class GGUF(base.Format):
     def max_kl(self):
         # f32 is not exact either: llama.cpp looks GELU up in a table of float16
         return 0.05 if self.dtype == 'q8_0' else 1e-4
+
+    def recognizes(self, path):
+        with open(path, 'rb') as file:
+            start = file.read(1024)
+        return start.startswith(b'GGUF') and DESCRIPTION.encode() in start
 
     def incompatibilities(self, config, tokenizer):
         found = base.block_incompatibilities(config, required_block(config))
@@ -49,7 +54,8 @@ class GGUF(base.Format):
 
         writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
         file_type = gguf.LlamaFileType['ALL_F32' if self.dtype == 'f32' else f'MOSTLY_{dtype.name}']
-        metadata = describe_tokenizer(tokenizer) | describe_model(config, file_type)
+        metadata = {'description': DESCRIPTION}  # first, where `recognizes` looks for it
+        metadata |= describe_tokenizer(tokenizer) | describe_model(config, file_type)
         for name, value in metadata.items():
             add = getattr(writer, f'add_{name}')  # as in writer.add_context_length(256)
             add(value)

@@ -19,6 +19,7 @@ from model import GPTConfig
 
 # Tensors that older versions of transformers saved, though they follow from the config
 DERIVED = r'(.*\.)?(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias|position_ids)'
+EXPORTED_BY = 'export.py'  # in config.json, tells our files from others'
 
 
 class HuggingFace(base.Importer):
@@ -46,6 +47,11 @@ class HuggingFace(base.Importer):
         write_json(path / 'config.json', their_config(config, tokenizer, self.dtype))
         write_json(path / 'generation_config.json', generation_config(config, tokenizer))
         write_tokenizer(path, tokenizer, config.block_size)
+
+    def recognizes(self, path):
+        # transformers keeps our mark, and adds its version, in the config.json of a model that it saves
+        return (base.entry_of_config(path, 'exported_by') == EXPORTED_BY
+                and base.entry_of_config(path, 'transformers_version') is None)
 
     def read(self, path):
         from transformers import AutoModelForCausalLM, AutoTokenizer, logging
@@ -92,7 +98,7 @@ def their_config(config, tokenizer, dtype):
     """Return the content of config.json for our `config`. dtype: that of the weights, such as f16."""
     family = family_of(config)
     torch_dtype = str(base.DTYPES[dtype]).removeprefix('torch.')
-    theirs = {'architectures': [family.architecture], 'torch_dtype': torch_dtype}
+    theirs = {'architectures': [family.architecture], 'torch_dtype': torch_dtype, 'exported_by': EXPORTED_BY}
     for ours, name in family.config_names.items():
         theirs[name] = getattr(config, ours)
     theirs['mlp_bias'] = config.bias

@@ -30,6 +30,7 @@ MAGIC = 0x616B3432
 HEADER_BYTES = 256  # in versions 1 and 2
 HEADER_FIELDS = 'n_embd', 'mlp_width', 'n_layer', 'n_head', 'n_kv_head', 'vocab_size', 'block_size'
 GROUP_SIZE = 64  # numbers that share a scale, or fewer if 64 does not divide the widths
+LAST_PIECE = b'\0<middle>'  # the end of a tokenizer.bin, tells ours from others
 NEVER_MERGED = -1e10  # the score of a piece that `run` must not make by merging
 
 # The tensors of a file by our names, in order; {} stands for a layer, and those of all layers follow one
@@ -80,6 +81,10 @@ class Llama2c(base.Importer):
         weights['rotation'] = rotation_table(config)
         write_model(path / 'model.bin', config, weights, self.int8)
         write_tokenizer(path / 'tokenizer.bin', tokenizer)
+
+    def recognizes(self, path):
+        vocabulary = path / 'tokenizer.bin'
+        return vocabulary.is_file() and vocabulary.read_bytes().endswith(LAST_PIECE)
 
     def read(self, path):
         super().read(path / 'model.bin')

@@ -33,6 +33,9 @@ class Safetensors(base.Importer):
         (path / 'config.json').write_text(json.dumps(about, indent=1) + '\n', encoding='utf-8')
         tokenizer.save(path)
 
+    def recognizes(self, path):
+        return base.entry_of_config(path, 'format') == FORMAT_NAME
+
     def load_weights(self, path):
         from safetensors.torch import load_file
 

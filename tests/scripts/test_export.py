@@ -280,12 +280,66 @@ def test_wrong_settings_are_refused(run_export, settings, message):
 @pytest.mark.parametrize('format, make, message', [
     ('hf', lambda to: to.touch(), 'is a file, but --format hf writes a folder'),
     ('html', lambda to: to.mkdir(), 'is a folder, but --format html writes a file'),
-    ('html', lambda to: to.write_text('<!DOCTYPE html>'), 'is a file that --format html did not write'),
+    ('gguf', lambda to: to.symlink_to('/nowhere'), 'is a link to /nowhere, which does not exist'),
     ('hf', lambda to: (to.mkdir(), (to / 'thesis.txt').touch()), r'holds other files \(thesis\.txt')])
-def test_other_files_are_not_replaced(tmp_path, run_export, format, make, message):
+@pytest.mark.parametrize('overwrite', [False, True])
+def test_what_is_no_export_is_not_replaced(tmp_path, run_export, format, make, message, overwrite):
     make(tmp_path / 'to')
     with pytest.raises(SettingError, match=message):
-        run_export(format=format)
+        run_export(format=format, overwrite=overwrite)
+
+
+def foreign_file(to):
+    """Write a file that begins as all of its kind do."""
+    to.write_bytes(b'GGUF\3\0\0\0' if to.name == 'gguf' else b'<!DOCTYPE html><html lang="en">')
+
+
+def foreign_folder(to):
+    to.mkdir()
+    (to / ('model.bin' if to.name == 'llama2c' else 'config.json')).write_text('{"model_type": "llama"}')
+
+
+def fine_tuned_folder(to):
+    """Write what transformers leaves of our config.json, if it saves another model there."""
+    foreign_folder(to)
+    (to / 'config.json').write_text('{"exported_by": "export.py", "transformers_version": "5.0.0"}')
+
+
+@pytest.mark.parametrize('format, make', [
+    ('llama2c', foreign_folder), ('hf', foreign_folder), ('hf', fine_tuned_folder),
+    ('safetensors', foreign_folder), ('gguf', foreign_file), ('html', foreign_file)])
+def test_what_export_did_not_write_is_replaced_only_with_overwrite(tmp_path, run_export, monkeypatch, format,
+                                                                   make):
+    monkeypatch.setattr(export, 'check_export', lambda *_: None)
+    save_random_run(tmp_path / 'out')
+    to = tmp_path / format
+    make(to)
+    with pytest.raises(SettingError, match=f'that export.py --format {format} did not write: name another'):
+        run_export(format=format, path=str(to))
+    run_export(format=format, path=str(to), overwrite=True)
+    run_export(format=format, path=str(to), overwrite=False)  # an export is replaced without asking
+
+
+def test_export_follows_a_link_at_its_place(tmp_path, run_export):
+    save_random_run(tmp_path / 'out')
+    (tmp_path / 'disk').mkdir()
+    (tmp_path / 'to').symlink_to(tmp_path / 'disk')
+    run_export(format='safetensors')
+    run_export(format='safetensors')
+    assert (tmp_path / 'to').is_symlink() and (tmp_path / 'disk' / 'model.safetensors').exists()
+
+
+def test_what_appears_at_the_place_during_the_export_is_not_replaced(tmp_path, run_export, monkeypatch):
+    save_random_run(tmp_path / 'out')
+
+    def save_something(*_):
+        (tmp_path / 'to').mkdir()
+        (tmp_path / 'to' / 'thesis.txt').touch()
+
+    monkeypatch.setattr(export, 'check_export', save_something)
+    with pytest.raises(SettingError, match=r'holds other files \(thesis\.txt'):
+        run_export(format='safetensors')
+    assert names_in(tmp_path / 'to') == ['thesis.txt']
 
 
 # The loss that a page shows

@@ -76,8 +76,3 @@ def test_q8_0_needs_widths_that_32_divides():
         assert GGUF('f16').incompatibilities(config, tokenizer) == []
 
 
-def test_recognizes_a_gguf_file(tmp_path):
-    (tmp_path / 'a').write_bytes(b'GGUF\3')
-    (tmp_path / 'b').write_bytes(b'GGU')
-    assert GGUF().recognizes(tmp_path / 'a')
-    assert not GGUF().recognizes(tmp_path / 'b')
