@@ -31,7 +31,13 @@ import torch
 
 from configurator import SettingError, UserError, script_path, user_errors
 from core.distributed import get_ranks
-from data.files import lock_folder, report_write_errors, write_atomically, write_bytes_atomically
+from data.files import (
+    lock_folder,
+    refuse_stand_in,
+    report_write_errors,
+    write_atomically,
+    write_bytes_atomically,
+)
 from data.shards import fingerprint
 from data.tokenizer import FILE_NAMES as TOKENIZER_FILES
 from model import GPT, GPTConfig
@@ -58,6 +64,7 @@ def load_checkpoint(path, required=REQUIRED):
     path = Path(path)
     if not path.is_file():
         raise UserError(f'no checkpoint {path}: train first, or name the folder of a run with --out_dir')
+    refuse_stand_in(path)
     reason = damage(path)
     if reason:
         raise UserError(f'{path} is damaged or not a checkpoint ({reason}){suggest_other_checkpoint(path)}')

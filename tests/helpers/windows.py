@@ -25,22 +25,26 @@ def refusing(function):
     def checked(*paths, dir_fd=None, **options):
         used = files_in_use()
         for path in paths:
-            if identity(path, dir_fd) in used:
+            if used & identities(path, dir_fd):
                 raise PermissionError(13, REFUSED, str(path))
         return function(*paths, **options) if dir_fd is None else function(*paths, dir_fd=dir_fd, **options)
 
     return checked
 
 
-def identity(path, dir_fd=None):
-    """Return (device, inode) of a file, which no other file has; None for a folder or a missing file."""
+def identities(path, dir_fd=None):
+    """Return {(device, inode)} of a file, which no other file has, or of the files in a folder."""
     try:
         status = os.stat(path, dir_fd=dir_fd, follow_symlinks=False)
     except OSError:
-        return None
-    if os.path.stat.S_ISDIR(status.st_mode):
-        return None
-    return status.st_dev, status.st_ino
+        return set()
+    if not os.path.stat.S_ISDIR(status.st_mode):
+        return {(status.st_dev, status.st_ino)}
+    found = set()
+    for folder, _, names in os.walk(path):
+        for name in names:
+            found |= identities(os.path.join(folder, name))
+    return found
 
 
 def files_in_use():
