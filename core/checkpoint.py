@@ -52,6 +52,10 @@ TYPES = {
 REQUIRED = 'model', 'config', 'tokenizer', 'settings', 'iter'
 TO_RESUME = *REQUIRED, 'best_val_loss', 'optimizers', 'scaler', 'fingerprint'
 LONGEST_CONTEXT = 2**20
+KEPT = re.compile(r'ckpt_(\d+)\.pt')  # a copy for each save_interval
+# What a run writes into its folder next to the tokenizer, and what a killed process may leave of it
+RUN_FILES = re.compile(r'(ckpt(_\d+)?|best)\.pt|(metrics|samples)\.jsonl|run\.json|loss\.png')
+LEFTOVERS = re.compile(r'(ckpt(_\d+)?|best)\.pt\.tmp')
 
 
 # reading ----------------------------------------------------------------------
@@ -240,13 +244,17 @@ class RunFolder:
         self.overwrite = overwrite
         self.check()
 
-    def holds_run(self):
-        return any((self.path / name).exists() for name in (*FILES.values(), 'metrics.jsonl'))
+    def matching(self, pattern):
+        """Return the paths in the folder whose names match a compiled pattern, sorted."""
+        if not self.path.is_dir():
+            return []
+        return sorted(path for path in self.path.iterdir() if pattern.fullmatch(path.name))
 
     def check(self):
-        if self.holds_run() and not self.resume and not self.overwrite:
-            raise SettingError(f'{self.path} holds another run: resume it (--init_from resume), replace it '
-                               '(--overwrite), or name another folder (--out_dir)')
+        found = self.matching(RUN_FILES)
+        if found and not self.resume and not self.overwrite:
+            raise SettingError(f'{self.path} holds another run ({found[0].name}): resume it (--init_from '
+                               'resume), replace it (--overwrite), or name another folder (--out_dir)')
 
     def begin(self, checkpoint, tokenizer):
         """Lock the folder and start the run in it with a first checkpoint, or resume it at `checkpoint`.
@@ -257,10 +265,10 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = lock_folder(self.path, 'wait for it, or name another --out_dir')
             self.check()  # once more: a run may have started and ended since
-            replaces_run = self.holds_run() and not self.resume
+            replaces_run = len(self.matching(RUN_FILES)) > 0 and not self.resume
             if not replaces_run:
                 self.check_tokenizer(tokenizer)
-            for left in self.path.glob('*.tmp'):  # left by a process that was killed while it saved
+            for left in self.matching(LEFTOVERS):  # by a process that was killed while it saved
                 left.unlink()
             if not self.resume:
                 self.save(checkpoint)  # from here on the folder holds this run
@@ -273,7 +281,7 @@ class RunFolder:
         """Remove what is left of the previous run, once ckpt.pt is that of the new one."""
         for name in FILES['best'], 'loss.png', *TOKENIZER_FILES:
             (self.path / name).unlink(missing_ok=True)
-        for old in self.path.glob('ckpt_*.pt'):
+        for old in self.matching(KEPT):
             old.unlink()
 
     def check_tokenizer(self, tokenizer):
@@ -307,12 +315,8 @@ class RunFolder:
 
     def later_checkpoints(self, step):
         """Return the names of the kept checkpoints ckpt_STEP.pt with STEP > `step`, in their order."""
-        steps = []
-        for path in self.path.glob('ckpt_*.pt'):
-            number = re.fullmatch(r'ckpt_(\d+)\.pt', path.name)
-            if number and int(number[1]) > step:
-                steps.append(int(number[1]))
-        return [f'ckpt_{later}.pt' for later in sorted(steps)]
+        steps = [int(KEPT.fullmatch(path.name)[1]) for path in self.matching(KEPT)]
+        return [f'ckpt_{later}.pt' for later in sorted(steps) if later > step]
 
     def records(self, name='metrics.jsonl'):
         """Yield the lines of a file as dicts, skipping malformed lines (a killed run's last)."""

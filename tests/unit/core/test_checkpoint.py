@@ -194,11 +194,21 @@ def test_a_run_that_torchrun_restarts_is_resumed(tmp_path, monkeypatch, restarts
     assert RunFolder(tmp_path, resume, overwrite).resume == resumes
 
 
-@pytest.mark.parametrize('name', ['ckpt.pt', 'best.pt', 'metrics.jsonl'])
+@pytest.mark.parametrize('name', ['ckpt.pt', 'best.pt', 'metrics.jsonl', 'samples.jsonl', 'run.json', 'loss.png',
+                                  'ckpt_5.pt'])
 def test_a_folder_that_holds_another_run_is_refused(tmp_path, name):
     (tmp_path / name).touch()
-    with pytest.raises(SettingError, match='holds another run'):
+    with pytest.raises(SettingError, match=rf'holds another run \({name}\)'):
         RunFolder(tmp_path)
+
+
+def test_files_of_the_user_stay(tmp_path):
+    """Only names that are exactly ours are removed."""
+    users = {'thesis.tmp', 'ckpt_of_a_friend.pt', 'my_best.pt.tmp', 'loss.png.tmp', 'notes.txt'}
+    for name in *users, 'ckpt_3.pt.tmp', 'ckpt.pt.tmp', 'best.pt.tmp', 'ckpt_9.pt':
+        (tmp_path / name).touch()
+    begin(RunFolder(tmp_path, overwrite=True))
+    assert {*os.listdir(tmp_path)} == users | {'.lock', 'ckpt.pt', 'tokenizer.json'}
 
 
 def test_records_of_a_resumed_run_end_before_its_step_and_skip_bad_lines(tmp_path):
