@@ -194,8 +194,8 @@ def test_a_run_that_torchrun_restarts_is_resumed(tmp_path, monkeypatch, restarts
     assert RunFolder(tmp_path, resume, overwrite).resume == resumes
 
 
-@pytest.mark.parametrize('name', ['ckpt.pt', 'best.pt', 'metrics.jsonl', 'samples.jsonl', 'run.json', 'loss.png',
-                                  'ckpt_5.pt'])
+@pytest.mark.parametrize('name', [
+    'ckpt.pt', 'best.pt', 'metrics.jsonl', 'samples.jsonl', 'run.json', 'loss.png', 'ckpt_5.pt'])
 def test_a_folder_that_holds_another_run_is_refused(tmp_path, name):
     (tmp_path / name).touch()
     with pytest.raises(SettingError, match=rf'holds another run \({name}\)'):
