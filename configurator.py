@@ -407,7 +407,7 @@ def print_message(message):
     if sys.stderr is None:  # closed
         return
     script = os.path.basename(sys.argv[0])
-    line = ' '.join(printable(message).splitlines())
+    line = one_line(message)
     try:
         tqdm.write(f'{script}: {line[:2000]}', file=sys.stderr)
     except OSError:
@@ -430,6 +430,11 @@ def printable(text):
     Surrogates that stand for bytes of a file name (surrogateescape) stay.
     """
     return re.sub('[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udc7f\udd00-\udfff]', '\N{REPLACEMENT CHARACTER}', text)
+
+
+def one_line(text):
+    """Return `text` in one line that is safe to print, whatever the names of files in it contain."""
+    return ' '.join(printable(text).splitlines())
 
 
 def script_path(name):

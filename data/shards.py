@@ -27,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from configurator import SettingError, UserError, user_errors
-from data.files import lock_folder, report_write_errors
+from data.files import lock_folder, plain_path, report_write_errors
 
 SHARD_TOKENS = 100_000_000  # at most, per file
 SPLITS = 'train', 'val'
@@ -93,7 +93,8 @@ def write_dataset_atomically(folder):
                     cache = Path(temporary, 'cache')
                     new.mkdir()
                     cache.mkdir()
-                    yield new, cache
+                    with plain_path(cache) as path:
+                        yield new, path
                     replace_dataset(folder, new)
             finally:
                 remove_if_empty(folder)

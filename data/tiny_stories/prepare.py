@@ -19,11 +19,14 @@ from configurator import SettingError, UserError, configure, in_range, one_of, r
 from data import infill
 from data.shards import ShardWriter, write_dataset_atomically, write_meta
 from data.stories import load_stories, map_stories
+from data.story_files import story_format
 from data.tokenizer import BPETokenizer, CharTokenizer, unique_characters
 from data.tokenizer_files import load_gpt2, open_tokenizer
 
 source = 'roneneldan/TinyStories'  # a name on the Hugging Face hub, a file, a folder, or sample (built in)
 text_column = ''  # the column of a table that holds the stories; '' means text or story
+text_encoding = 'utf-8'  # of .txt, .jsonl, .json, .csv and .tsv files, such as utf-16 or cp1252
+separator = '<|endoftext|>'  # between two stories of a .txt; \n is a line break, \n\n a blank line
 encoding_type = 'auto'  # char, bpe or gpt2; auto is bpe for the built-in corpus and char for all others
 vocab_size = 0  # size of a new bpe vocabulary, with the 2 infilling tokens; 0: 4096 (built-in corpus: 1536)
 tokenizer = ''  # reuse the tokenizer of a run, folder, pretrained model or file (.txt: its characters)
@@ -40,20 +43,22 @@ offline = False  # never use the network: read hub datasets and GPT-2's vocabula
 def main():
     start_time = time.perf_counter()
     check_settings()
+    how = story_format(text_column, text_encoding, separator)
     folder = Path(out_dir or Path(__file__).parent)
 
     # temporary folders: at the end, the files in `new` replace the old ones; `cache` has intermediate files
     with write_dataset_atomically(folder) as (new, cache):
         # a given tokenizer is opened first, so that a wrong path shows before a long download
         enc = load_given_tokenizer()
-        # a DatasetDict with 'train' and perhaps 'validation'; a remark if the source also has a test split
-        stories, remark = load_stories(source, cache, text_column, data_percentage, seed, offline)
+        # a DatasetDict with 'train' and perhaps 'validation'; remarks, such as on a test split
+        stories, remark = load_stories(source, cache, how, data_percentage, seed, offline)
         splits, n_blank = split_stories(stories, cache)
         if enc is None:
             enc = train_tokenizer(splits['train'], cache)
 
         if infill_rate > 0 and sum(stories.num_rows.values()) <= 2:
-            raise UserError(f'{source} is one document, without stories to infill: leave out --infill_rate')
+            raise UserError(f'{source} is one document, without stories to infill: leave out '
+                            '--infill_rate, or name what is between its stories with --separator')
 
         split_meta = {}
         for split in splits:
