@@ -485,8 +485,11 @@ def user_errors(what, problem='is damaged or not what it should be'):
 
 
 def first_cause(error):
-    """Return the error that a library has wrapped in errors of its own, or `error` itself."""
-    while error.__cause__:
+    """Return the error that a library has wrapped in errors of its own, or `error` itself.
+
+    A UserError has said what is wrong, whatever caused it.
+    """
+    while error.__cause__ and not isinstance(error, UserError):
         error = error.__cause__
     return error
 

@@ -185,7 +185,7 @@ READERS = {'.txt': read_txt, '.jsonl': read_json, '.json': read_json, '.csv': re
 
 # What other projects put between two stories: <|end_of_text|>, </s>, [EOS], a line of dashes
 MARKS = (r'<(?:\|\w{1,30}\|>|/?(?:s|eos|EOS|end|END|sep|SEP)>)', r'\[(?:EOS|END|SEP)\]',
-         r'\n[-*=#~_+]{3,}(?=\r?\n)')
+         r'\n[-*=#~_+]{3,}\r?\n')
 
 
 def read_document(path, how):
@@ -227,20 +227,13 @@ def describe_document(path, text, how, is_alone):
     is_alone: whether it is all there is. Only then line breaks may be between stories, and not just in them.
     """
     separator, n = guess_separator(text)
-    if separator.isspace() and not is_alone:
-        separator = ''
-    if not separator and not is_alone:
+    if not is_alone and not separator.strip():
         return ''
     line = f'{path} has no {how.separator!r}, so it is one document'
     if not separator:
         return line
-    if separator == '\n\n':
-        found = f'it has {n:,} blank lines: type --separator {separator!r} if they are between stories'
-    elif separator == '\n':
-        found = f'it has {n + 1:,} lines: type --separator {separator!r} if each is a story'
-    else:
-        found = f'it has {separator!r} {n:,} times: type --separator {separator!r} if that is between stories'
-    return f'{line}; {found}'
+    found = {'\n': 'line breaks', '\n\n': 'blank lines'}.get(separator, separator.strip())
+    return f'{line}; it has {found} ({n:,}): type --separator {separator!r} if they are between stories'
 
 
 def guess_separator(text):
@@ -250,7 +243,7 @@ def guess_separator(text):
     """
     marks = collections.Counter()
     for pattern in MARKS:
-        marks.update(found[0].strip('\n') for found in re.finditer(pattern, text))
+        marks.update(found[0].replace('\r', '') for found in re.finditer(pattern, text))
     if marks:
         most = max(marks.values())
         frequent = [mark for mark in marks if marks[mark] == most]

@@ -9,7 +9,6 @@ import contextlib
 import csv
 import json
 import re
-import reprlib
 
 from configurator import UserError
 from data.text_encoding import CHUNK, open_text
@@ -45,7 +44,7 @@ def read_json(path, how):
             if isinstance(row, str):
                 row = {'text': row}
             if not isinstance(row, dict):
-                raise UserError(f'{path}, row {number}: {reprlib.repr(row)} is not an object such as '
+                raise UserError(f'{path}, row {number} is {JSON_TYPES[type(row)]}, not an object such as '
                                 '{"text": "Once upon a time"}')
             if column not in row:
                 found = [name for name in wanted if name in row]
@@ -67,12 +66,13 @@ def read_json(path, how):
 def check_json_text(story, column, path, number):
     """Raise UserError if a value of a JSON file is not text."""
     if not isinstance(story, str):
-        raise UserError(f'{path}, row {number}: {column!r} is {reprlib.repr(story)}, not text')
+        raise UserError(f'{path}, row {number}: {column!r} is {JSON_TYPES[type(story)]}, not text')
     if not story.isascii() and re.search('[\ud800-\udfff]', story):
         raise UserError(f'{path}, row {number}: {column!r} has half of a surrogate pair, such as \\ud83d '
                         'without \\ude00')
 
 
+JSON_TYPES = {dict: 'an object', list: 'a list', float: 'a number', bool: 'true or false', type(None): 'null'}
 BETWEEN_ROWS = re.compile(r'[ \t\r\n]*,?[ \t\r\n]*')
 
 
@@ -83,7 +83,8 @@ def json_rows(file, path):
     and if the text ends within a row, more is read. Commas between rows may be missing.
     Raises UserError with the number of the line.
     """
-    decode = json.JSONDecoder().raw_decode
+    # an int may have 4,300 digits only, and what is in other columns does not matter
+    decode = json.JSONDecoder(parse_int=float).raw_decode
     text = file.read(CHUNK)
     is_list = text.lstrip().startswith('[')
     end = text.index('[') + 1 if is_list else 0  # of the previous row
@@ -129,7 +130,7 @@ def json_problem(error, text):
         return str(error)
     if error.pos >= len(text):
         return 'the file ends too early'
-    return error.msg
+    return re.sub('( starting)? at$', '', error.msg)
 
 
 def read_csv(path, how):
@@ -159,7 +160,7 @@ def rows_of_csv(path, how, separator):
             while row:
                 # programs leave out empty cells at the end of a row, but only there
                 if len(row) > len(header) or len(row) <= place:
-                    raise UserError(f'{path}, line {reader.line_num}: {len(row)} columns, and {len(header)} '
+                    raise UserError(f'{path}, line {reader.line_num}: columns: {len(row)}, and {len(header)} '
                                     f'in the first line: put quotes around text that contains {separator!r} '
                                     'or line breaks')
                 yield row[place]
@@ -192,7 +193,8 @@ def find_separator(path, how):
     several = [separator for separator, n_columns in found.items() if n_columns > 1]
     if len(several) > 1:
         raise UserError(f'the first line of {path} can be read in {len(several)} ways, with '
-                        f'{" or ".join(map(repr, several))} between columns: leave one of them out')
+                        f'{" or ".join(map(repr, several))} between columns: '
+                        'put quotes around names that contain one')
     return several[0] if several else ','
 
 

@@ -54,11 +54,12 @@ def codec_of(path, encoding):
             return codec
     if start and given in ('utf-16', 'utf-32'):
         raise UserError(f'{path} has no byte order mark: type --text_encoding {given}-le or {given}-be')
-    if len(start) > 3 and not given.startswith(('utf-16', 'utf-32')):
-        for first, order in (1, 'le'), (0, 'be'):
-            if not any(start[first::2]):
-                raise UserError(f'{path} looks like utf-16 (every second byte is 0), not {encoding}: '
-                                f'type --text_encoding utf-16-{order}')
+    if not given.startswith(('utf-16', 'utf-32')):
+        even, odd = start[::2].count(0), start[1::2].count(0)
+        if abs(even - odd) > len(start) / 4:
+            order = 'le' if odd > even else 'be'
+            raise UserError(f'{path} looks like utf-16 (every second byte is 0), not {encoding}: '
+                            f'type --text_encoding utf-16-{order}')
     return encoding
 
 
@@ -74,9 +75,10 @@ def describe_undecodable(path, encoding):
                 line += decoder.decode(data).count('\n')
             decoder.decode(b'', final=True)
         except UnicodeDecodeError as error:
-            # error.object ends with what was read last
+            # error.object ends with what was read last, and is text until error.start
+            line += error.object[:error.start].decode(error.encoding, 'replace').count('\n')
             offset = n_bytes - len(error.object) + error.start
             value = error.object[error.start]
-            return (f'{path}, line {line}: byte 0x{value:02x} (at offset {offset:,}) is not {encoding}: type '
-                    '--text_encoding and the encoding of the file, such as cp1252')
-    return f'{path} is not {encoding}: type --text_encoding and the encoding of the file, such as cp1252'
+            return (f'{path}, line {line}: byte 0x{value:02x} (at offset {offset:,}) is not {encoding}: '
+                    'correct the file, or type --text_encoding and its encoding, such as cp1252')
+    return f'{path} is not {encoding}: type --text_encoding and its encoding, such as cp1252'
