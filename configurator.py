@@ -446,7 +446,7 @@ def print_message(message):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
     script = os.path.basename(sys.argv[0])
-    line = ' '.join(printable(message).splitlines())
+    line = one_line(message)
     try:
         tqdm.write(f'{script}: {line[:2000]}', file=sys.stderr)
     except OSError:
@@ -467,6 +467,11 @@ def printable(text):
     Surrogates that stand for bytes of a file name (surrogateescape) stay.
     """
     return re.sub('[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udc7f\udd00-\udfff]', '\N{REPLACEMENT CHARACTER}', text)
+
+
+def one_line(text):
+    """Return `text` in one line that is safe to print, whatever the names of files in it contain."""
+    return ' '.join(printable(text).splitlines())
 
 
 def script_path(name):
@@ -524,8 +529,11 @@ def user_errors(what, problem='is damaged or not what it should be'):
 
 
 def first_cause(error):
-    """Return the error that a library has wrapped in errors of its own, or `error` itself."""
-    while error.__cause__:
+    """Return the error that a library has wrapped in errors of its own, or `error` itself.
+
+    A UserError has said what is wrong, whatever caused it.
+    """
+    while error.__cause__ and not isinstance(error, UserError):
         error = error.__cause__
     return error
 

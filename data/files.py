@@ -1,8 +1,10 @@
 """Safe writing: files that are written whole or not at all, and one process at a time per folder."""
 
 import contextlib
+import glob
 import os
 import re
+import tempfile
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -90,6 +92,22 @@ def folder_is_gone(error):
         if isinstance(cause, FileNotFoundError) and cause.filename is not None:
             return not Path(cause.filename).parent.exists()
     return False
+
+
+@contextlib.contextmanager
+def plain_path(folder):
+    """Yield a path of `folder` that a library takes for this path, and not for a pattern or an address.
+
+    The datasets library takes one with :: for a chain of addresses, and would write somewhere else.
+    """
+    folder = folder.absolute()  # data:x is an address, and /home/data:x is none
+    if '::' not in str(folder) and glob.escape(str(folder)) == str(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        link = Path(temporary, 'folder')
+        link.symlink_to(folder, target_is_directory=True)
+        yield link
 
 
 def write_atomically(path, write):

@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from configurator import SettingError, UserError, script_path, user_errors
-from data.files import lock_folder, report_write_errors
+from data.files import lock_folder, plain_path, report_write_errors
 
 SHARD_TOKENS = 100_000_000  # at most, per file
 SPLITS = 'train', 'val'
@@ -101,7 +101,8 @@ def write_dataset_atomically(folder):
                     for name in TEMPORARY_FOLDERS:
                         Path(temporary, name).mkdir()
                     try:
-                        yield Path(temporary, 'new'), Path(temporary, 'cache')
+                        with plain_path(Path(temporary, 'cache')) as cache:
+                            yield Path(temporary, 'new'), cache
                     except BaseException as error:
                         forget_variables(error)
                         raise

@@ -1,30 +1,34 @@
 """Load the stories of any source as a DatasetDict of the `datasets` library, and map functions over them.
 
 A DatasetDict has a split `train` and maybe `validation`, or one `document`, and one column, `text`. Stories
-lie in memory-mapped Arrow files (those of local sources in the folder `cache`), so memory does not grow with
-their number. Only a single story, a document and the list in a .json file are read into memory.
+lie in memory-mapped Arrow files in the folder `cache`, so memory does not grow with their number. Only a
+single story and a document are read into memory.
 """
 
-import gzip
+import json
 import os
 import re
-import warnings
+import reprlib
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
-from configurator import UserError, script_path, user_errors
+from configurator import UserError, one_line, user_errors
+from data.files import refuse_stand_in
 from data.splits import group_by_split
+from data.story_files import (
+    check_format,
+    describe_unseparated,
+    file_type,
+    files_below,
+    find_story_files,
+    read_document,
+    read_stories,
+)
+from data.story_tables import ROWS, arrow_stories, choose_text_column
 from data.tiny_stories import sample_stories
 from data.workers import Workers, available_cores, call_in_worker
-
-DELIMITER = '<|endoftext|>'  # between two stories of a .txt
-LOADERS = {'.txt': 'ours', '.jsonl': 'json', '.json': 'json', '.csv': 'csv', '.parquet': 'parquet'}
-WHAT_WE_READ = ('stories come as .txt, .jsonl, .json, .csv (each also as .gz), .parquet, a folder of these, '
-                'or a folder written by save_to_disk')
-# JSON files that hold something else: what prepare.py and the datasets library write
-NOT_STORIES = 'meta.json', 'tokenizer.json', 'dataset_info.json', 'dataset_dict.json', 'state.json'
 
 SAMPLE_STORIES = 22_000  # stories in the built-in corpus
 HUB_NAME = r'((?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*)(?::([\w.-]+))?'  # user/name:configuration
@@ -33,34 +37,39 @@ HUB_TIMEOUT = 5  # seconds to wait for the hub's first answer; the library would
 
 # sources ------------------------------------------------------------------------
 
-def load_stories(source, cache, column='', seed=1337, offline=False):
-    """Return (DatasetDict of the stories, one line that says which file is in which split).
+def load_stories(source, cache, how, seed=1337, offline=False):
+    """Return (DatasetDict of the stories, lines that say what was read: first, which file is in which split).
 
     A .txt that is one document has the split `document` alone, with one row.
 
     source: 'sample' (the built-in corpus), a local path, or a name on the Hugging Face hub.
-    column: the column that holds the stories; '' means text or story.
+    cache: the folder for the Arrow files.
+    how: a Format, what the settings say about story files.
     seed: of the built-in corpus.
-    Raises UserError if the source cannot be read or holds no stories.
+    Raises UserError if the source cannot be read.
     """
     path = Path(source)
     if source == 'sample':
+        check_format(how, [], source)
         import_datasets(offline=True)
-        named = {'sample': built_in_stories(seed)}
+        named = {'sample': sample_stories.stories(SAMPLE_STORIES, seed)}
     elif is_hub_name(source):
-        named = load_from_hub(source, offline)
+        check_format(how, ['.arrow'], source)
+        named = load_from_hub(source, offline, how.column)
     elif is_saved_dataset(path):
+        check_format(how, ['.arrow'], source)
         import_datasets(offline=True)  # otherwise the library asks the hub about local files, too
-        named = load_saved_dataset(path)
+        named = load_saved_dataset(path, how.column)
     else:
         import_datasets(offline=True)
-        return load_story_files(path, cache, column)
+        return load_story_files(path, cache, how)
 
     names, files_line = group_by_split(named)
     splits = {}
     for split in names:
-        splits[split] = [only_text(named[name], source, column) for name in names[split]]
-    return concatenate(splits), files_line
+        parts = [(source, named[name]) for name in names[split]]
+        splits[split], _ = write_stories(parts, split, cache)
+    return dataset_dict(splits), [one_line(files_line)]
 
 
 def import_datasets(offline):
@@ -75,21 +84,14 @@ def import_datasets(offline):
         datasets.disable_progress_bars()
 
 
-def built_in_stories(seed):
-    """Return the built-in corpus, a Dataset."""
-    import datasets
-
-    return datasets.Dataset.from_dict({'text': list(sample_stories.stories(SAMPLE_STORIES, seed))})
-
-
 def is_hub_name(source):
     """Return whether `source` is written like a name on the hub and is not a local file."""
     path = Path(source)
     return not path.exists() and not file_type(path) and re.fullmatch(HUB_NAME, source) is not None
 
 
-def load_from_hub(source, offline):
-    """Return {split: Dataset} of a dataset on the hub, or in the local cache if the hub cannot be reached."""
+def load_from_hub(source, offline, column):
+    """Return {split: iterator of its stories} of a dataset on the hub, or of the library's cache."""
     name, configuration = re.fullmatch(HUB_NAME, source).groups()
     unreachable = why_hub_is_unreachable(offline)
     import_datasets(offline=bool(unreachable))
@@ -106,7 +108,13 @@ def load_from_hub(source, offline):
     with user_errors(source, problem):
         if '/' not in name and not unreachable:
             name = HfApi().dataset_info(name).id  # the hub knows the user of an old short name
-        return datasets.load_dataset(name, configuration)
+        splits = datasets.load_dataset(name, configuration)
+    named = {}
+    for split, dataset in splits.items():
+        chosen = choose_text_column(dataset.data.schema, column, source)
+        batches = dataset.select_columns(chosen).with_format('arrow').iter(ROWS)
+        named[split] = arrow_stories(batches, chosen, source)
+    return named
 
 
 def why_hub_is_unreachable(offline):
@@ -140,173 +148,156 @@ def folders_with_arrow(path):
     return sorted({file.parent for file in files})
 
 
-def load_saved_dataset(path):
-    """Return {split: Dataset} of a folder that save_to_disk wrote, with or without its dataset_dict.json."""
-    import datasets
+def load_saved_dataset(path, column):
+    """Return {split: iterator of its stories} of a folder that save_to_disk wrote.
 
+    A folder of several splits may lack its dataset_dict.json.
+    """
     if (path / 'dataset_dict.json').is_file():
-        with user_errors(path):
-            return datasets.load_from_disk(path)
-    folders = folders_with_arrow(path)
-    others = {file.parent for file in path.rglob('*') if file_type(file)} - set(folders)
-    if others:
-        raise UserError(f'{path} has what save_to_disk writes, and files in {min(others)}: name one of them')
-    with user_errors(path):
-        return {folder.name: datasets.load_from_disk(folder) for folder in folders}
+        with user_errors(path / 'dataset_dict.json'):
+            names = json.loads((path / 'dataset_dict.json').read_bytes())['splits']
+            folders = [path / plain_name(name) for name in names]
+    else:
+        folders = folders_with_arrow(path)
+        others = {file.parent for file in files_below(path) if file_type(file)} - set(folders)
+        if others:
+            raise UserError(f'{path} has what save_to_disk writes, and files in {min(others)}: '
+                            'name one of them')
+    named = {}
+    for folder in folders:
+        named[folder.name] = saved_stories(folder, column)
+    return named
+
+
+def saved_stories(folder, column):
+    """Yield the stories of one split that save_to_disk wrote.
+
+    Not with load_from_disk, which takes a path with :: for a chain of addresses.
+    """
+    import pyarrow
+
+    if not (folder / 'state.json').is_file():
+        raise UserError(f'{folder} has .arrow files and no state.json, which save_to_disk writes: '
+                        'save it again with the datasets library')
+    with user_errors(folder / 'state.json'):
+        files = json.loads((folder / 'state.json').read_bytes())['_data_files']
+        names = [plain_name(file['filename']) for file in files]
+    for name in names:
+        refuse_stand_in(folder / name)
+        with open(folder / name, 'rb') as file, pyarrow.ipc.open_stream(file) as batches:
+            chosen = choose_text_column(batches.schema, column, folder)
+            yield from arrow_stories(batches, chosen, folder / name)
+
+
+def plain_name(name):
+    """Return the name of a file or folder. Raises ValueError if it is a path to somewhere else."""
+    if not isinstance(name, str) or name != Path(name).name:
+        raise ValueError(f'{reprlib.repr(name)} is not a plain name')
+    return name
 
 
 # story files --------------------------------------------------------------------
 
-def load_story_files(path, cache, column):
-    """Return (DatasetDict, line) of a file or a folder of files, as load_stories does."""
+def load_story_files(path, cache, how):
+    """Return (DatasetDict, lines) of a file or a folder of files, as load_stories does."""
     files = find_story_files(path)
+    check_format(how, {file_type(file) for file in files.values()}, path)
     names, files_line = group_by_split(files)
     splits = {}
+    n_stories = {}  # of each file
     for split in names:
-        parts = load_files([files[name] for name in names[split]], cache / f'{split}.arrow', column)
-        splits[split] = [only_text(part, path, column) for part in parts]
-    stories = concatenate(splits)
-    if is_document(path, stories['train']):
-        stories['document'] = stories.pop('train')
-    return stories, files_line
+        paths = in_reading_order([files[name] for name in names[split]])
+        parts = [(file, read_stories(file, how)) for file in paths]
+        splits[split], counts = write_stories(parts, split, cache)
+        n_stories.update(zip(paths, counts, strict=True))
+    stories = dataset_dict(splits)
+    lines = [files_line, describe_empty(n_stories), describe_unseparated(n_stories, how)]
+    if len(splits) == 1 and sum(n_stories.values()) == 1:
+        document = only_document(n_stories, how)
+        if document is not None:
+            whole, _ = write_stories([(path, [document])], 'document', cache, strip='')
+            stories = dataset_dict({'document': whole})
+            lines = lines[1:]
+    return stories, [one_line(line) for line in lines if line]
 
 
-def find_story_files(path):
-    """Return {name: path} of the story files at `path`, sorted. If there are .parquet files, only those."""
-    if path.is_file() and file_type(path):
-        return {path.name: path}
-    if not path.is_dir():
-        raise UserError(f'no stories in {path}: --source takes sample, a name on the hub, or a path; '
-                        + WHAT_WE_READ)
-    files = {}
-    for file in sorted(path.rglob('*')):
-        name = file.relative_to(path).as_posix()
-        is_hidden = '/.' in f'/{name}'
-        if file_type(file) and not is_hidden and file.is_file():
-            files[name] = file
-    if not files and any(path.glob('*.bin')):
-        script = script_path('data/token_files/prepare.py')
-        raise UserError(f'{path} holds token files, not stories: type python {script} --source {path}')
-    if not files:
-        raise UserError(f'the folder {path} holds no stories: {WHAT_WE_READ} (unpack archives first)')
-    parquet = {name: file for name, file in files.items() if file_type(file) == '.parquet'}
-    return parquet or files
-
-
-def file_type(path):
-    """Return the ending that says what a story file is (of s.txt.gz: .txt), '' for all other files."""
-    ending = path.suffix.lower()
-    if ending == '.gz':
-        ending = Path(path.stem).suffix.lower()
-        if ending == '.parquet':
-            return ''  # the library cannot read it
-    if ending not in LOADERS or path.name in NOT_STORIES:
-        return ''
-    return ending
-
-
-def load_files(paths, arrow_path, column):
-    """Return a list of Datasets: one for all .txt files, written to `arrow_path`, and one for each other."""
-    import datasets
-    from pandas.errors import ParserWarning
-
+def in_reading_order(paths):
+    """Return the paths of story files in the order in which they are read: .txt first, the others sorted."""
     texts = [path for path in paths if file_type(path) == '.txt']
-    tables = sorted(path for path in paths if path not in texts)
-    write_arrow(texts, arrow_path, column or 'text')
-    loaded = [datasets.Dataset.from_file(str(arrow_path))]
-    for path in tables:
-        if not path.stat().st_size:
-            continue  # the library refuses empty files
-        options = {}
-        if file_type(path) == '.csv':  # 'NA' is a text, and an extra column is an error
-            options = {'keep_default_na': False, 'index_col': False}
-        with user_errors(path), warnings.catch_warnings(action='error', category=ParserWarning):
-            loaded.append(datasets.load_dataset(
-                LOADERS[file_type(path)], data_files=str(path), cache_dir=str(arrow_path.parent),
-                split='train', **options))
-    return loaded
+    return texts + sorted(path for path in paths if file_type(path) != '.txt')
 
 
-def write_arrow(paths, arrow_path, column):
-    """Write the stories of .txt files to an Arrow file.
+def describe_empty(n_stories):
+    """Return a line about the files without stories, '' if there are none. n_stories: {path: number}."""
+    empty = [path.name for path, n in n_stories.items() if n == 0]
+    if not empty:
+        return ''
+    names = ', '.join(empty[:5])
+    if len(empty) > 5:
+        names += ', ...'
+    return f'{len(empty):,} of {len(n_stories):,} files hold no stories: {names}'
 
-    The library's own loader would take every \\r for the end of a line.
+
+def only_document(n_stories, how):
+    """Return the text of the only file that is not empty, or None if it is not a .txt without separators."""
+    for path, n in n_stories.items():
+        if n == 1 and file_type(path) == '.txt':
+            return read_document(path, how)
+    return None
+
+
+# writing ------------------------------------------------------------------------
+
+BATCH = 1 << 20  # characters in a batch of an Arrow file
+
+
+def write_stories(parts, split, cache, strip='\r\n'):
+    """Write stories to an Arrow file. Return it as a Dataset, and the number of stories in each part.
+
+    parts: a list of (path or name, for messages; an iterator of stories: str, or None for a blank one).
+    strip: characters to leave out at the ends of a story. Line breaks between stories are not part of them.
     """
+    import datasets
     import pyarrow
+    from tqdm import tqdm
 
-    schema = pyarrow.schema({column: pyarrow.string()})
-    with pyarrow.OSFile(str(arrow_path), 'wb') as file, pyarrow.ipc.new_stream(file, schema) as writer:
-        for path in paths:
-            with user_errors(path), open_text(path) as text:
-                for stories in read_stories(text):
-                    writer.write_batch(pyarrow.record_batch([stories], schema))
-
-
-def read_stories(file):
-    """Yield lists of the stories in a .txt; the line breaks around a delimiter are not part of a story.
-
-    Example: 'One.\\n<|endoftext|>\\nTwo.' has the stories 'One.' and 'Two.'.
-    A file without a delimiter is one story, unchanged.
-    """
-    rest = ''  # the beginning of a story that is not complete yet
-    is_delimited = False
-    while True:
-        # read twice as much if a story is long, so that it is searched for delimiters only a few times
-        chunk = file.read(max(1 << 20, len(rest)))
-        if not chunk:
-            break
-        *complete, rest = (rest + chunk).split(DELIMITER)
-        yield [story.strip('\r\n') for story in complete]
-        is_delimited = is_delimited or len(complete) > 0
-    if not is_delimited:
-        yield [rest]
-    elif rest.strip('\r\n'):
-        yield [rest.strip('\r\n')]
+    path = cache / f'{split}.arrow'
+    schema = pyarrow.schema({'text': pyarrow.large_string()})
+    counts = []
+    with (open(path, 'wb') as file, pyarrow.ipc.new_stream(file, schema) as writer,
+          tqdm(desc=f'read {split}', unit=' stories', disable=not os.isatty(2)) as bar):
+        for what, stories in parts:
+            counts.append(0)
+            with user_errors(what):
+                for batch in in_batches(stories, strip):
+                    writer.write_batch(pyarrow.record_batch([batch], schema))
+                    counts[-1] += len(batch)
+                    bar.update(len(batch))
+    return datasets.Dataset.from_file(str(path)), counts
 
 
-def open_text(path):
-    """Open a .txt or .txt.gz: UTF-8 with or without a byte order mark, line breaks as they are."""
-    opener = gzip.open if path.suffix.lower() == '.gz' else open
-    return opener(path, 'rt', encoding='utf-8-sig', newline='')
+def in_batches(stories, strip):
+    """Yield lists of stories of about BATCH characters each, without the characters `strip` at their ends."""
+    batch = []
+    size = 0
+    for story in stories:
+        if story is not None:
+            story = story.strip(strip) if strip else story
+            size += len(story)
+        batch.append(story)
+        if size >= BATCH or len(batch) == 10_000:
+            yield batch
+            batch = []
+            size = 0
+    if batch:
+        yield batch
 
 
-def is_document(path, stories):
-    """Return whether `path` is a .txt that is one document: one story and no delimiter."""
-    if len(stories) != 1 or file_type(path) != '.txt' or not path.is_file():
-        return False
-    with open_text(path) as file:
-        return DELIMITER not in file.read()
-
-
-# columns ------------------------------------------------------------------------
-
-def only_text(dataset, name, column):
-    """Return the Dataset with only its column of stories, named `text`. Raises UserError if it has none."""
-    wanted = [column] if column else ['text', 'story']
-    found = [column for column in wanted if column in dataset.column_names]
-    if not found:
-        others = ', '.join(dataset.column_names)[:200]
-        raise UserError(f"{name} has no column {' or '.join(wanted)}: type --text_column and one of {others}")
-    feature = dataset.features[found[0]]
-    if getattr(feature, 'dtype', '') not in ('string', 'large_string'):
-        raise UserError(f'{name} has no text in its column {found[0]!r} but {feature}')
-    return dataset.select_columns(found[0]).rename_columns({found[0]: 'text'})
-
-
-def concatenate(splits):
-    """Return a DatasetDict of {split: list of Datasets}."""
+def dataset_dict(splits):
+    """Return a DatasetDict of {split: Dataset}."""
     import datasets
 
-    types = set()
-    for parts in splits.values():
-        types |= {part.features['text'].dtype for part in parts}
-    concatenated = {}
-    for split, parts in splits.items():
-        if len(types) > 1:  # CSV files come as large_string, other files as string
-            with Workers():
-                parts = [part.cast_column('text', datasets.Value('large_string')) for part in parts]
-        concatenated[split] = datasets.concatenate_datasets(parts)
-    return datasets.DatasetDict(concatenated)
+    return datasets.DatasetDict(splits)
 
 
 # map ----------------------------------------------------------------------------

@@ -21,11 +21,14 @@ from data import infill
 from data.shards import ShardWriter, write_dataset_atomically, write_meta
 from data.splits import split_document
 from data.stories import load_stories, map_stories
+from data.story_files import story_format
 from data.tokenizer import BPETokenizer, CharTokenizer, VocabSizeError, unique_characters
 from data.tokenizer_files import load_gpt2, open_tokenizer
 
 source = 'roneneldan/TinyStories'  # a name on the Hugging Face hub, a file, a folder, or sample (built in)
 text_column = ''  # the column of a table that holds the stories; '' means text or story
+text_encoding = 'utf-8'  # of .txt, .jsonl, .json, .csv and .tsv files, such as utf-16 or cp1252
+separator = '<|endoftext|>'  # between two stories of a .txt; \n is a line break, \n\n a blank line
 encoding_type = 'auto'  # char, bpe or gpt2; auto is bpe for the built-in corpus and char for all others
 vocab_size = 0  # size of a new bpe vocabulary, with the 2 infilling tokens; 0: 4096 (built-in corpus: 1536)
 tokenizer = ''  # reuse the tokenizer of a run, folder, pretrained model or file (.txt: its characters)
@@ -43,19 +46,20 @@ def main():
     start_time = time.perf_counter()
     check_settings()
     limit_memory()
+    how = story_format(text_column, text_encoding, separator)
     folder = Path(out_dir or Path(__file__).resolve().parent)
 
     # temporary folders: at the end, the files in `new` replace the old ones; `cache` has intermediate files
     with write_dataset_atomically(folder) as (new, cache):
-        enc, split_meta, lines = write_dataset(new, cache)
+        enc, split_meta, lines = write_dataset(new, cache, how)
 
     print('\n'.join(lines))
     print_totals(split_meta, enc, time.perf_counter() - start_time)
     print_next_command()
 
 
-def write_dataset(folder, cache):
-    """Write all files of the dataset into `folder`.
+def write_dataset(folder, cache, how):
+    """Write all files of the dataset into `folder`. how: a Format, what the settings say about story files.
 
     Returns (tokenizer, {split: entry of meta.json}, lines that say where the stories went).
     The stories are mapped files in `cache`, which Windows cannot remove before this function has returned.
@@ -63,15 +67,17 @@ def write_dataset(folder, cache):
     # a given tokenizer is opened first, so that a wrong path shows before a long download
     enc = load_given_tokenizer()
     # a DatasetDict with 'train' and perhaps 'validation', or with one 'document'
-    stories, files_line = load_stories(source, cache, text_column, seed, offline)
+    stories, lines = load_stories(source, cache, how, seed, offline)
     is_document = 'document' in stories
     if is_document and infill_rate > 0:
-        raise UserError(f'{source} is one document, without stories to infill: leave out --infill_rate')
+        raise UserError(f'{source} is one document, without stories to infill: leave out --infill_rate, or '
+                        'name what is between its stories with --separator')
     if is_document:
-        stories, files_line = split_document(stories['document'][0]['text'], data_percentage, val_percentage)
+        stories, line = split_document(stories['document'][0]['text'], data_percentage, val_percentage)
+        lines.insert(0, line)
     elif 'validation' in stories and val_percentage > 0:
         raise SettingError(f'val_percentage {val_percentage:g} has no effect, as {source} has a split for '
-                           f'validation ({files_line}): leave it out')
+                           f'validation ({lines[0]}): leave it out')
 
     splits, n_blank = split_stories(stories, cache)
     if enc is None:
@@ -87,7 +93,7 @@ def write_dataset(folder, cache):
 
     n_train, n_val = split_meta['train']['stories'], split_meta['val']['stories']
     stories_line = f'stories: {n_train:,} for training, {n_val:,} for validation, {n_blank:,} blank'
-    return enc, split_meta, [files_line, stories_line]
+    return enc, split_meta, [*lines, stories_line]
 
 
 def check_settings():

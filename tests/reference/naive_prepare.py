@@ -14,7 +14,7 @@ from pathlib import Path
 
 DELIMITER = '<|endoftext|>'
 SPACE_MARK = '\u2581'  # how sentencepiece writes a space
-ENDINGS = '.txt', '.jsonl', '.json', '.csv', '.parquet'
+ENDINGS = '.txt', '.jsonl', '.json', '.csv', '.tsv', '.parquet'
 STOPS = '.!?\u2026\u00a6'
 CLOSERS = '\'")]\u2019\u201d' + STOPS
 TITLES = 'Mr', 'Ms', 'Dr', 'St', 'Mrs'
@@ -29,14 +29,21 @@ def kind(path):
 
 
 def read_text_file(text):
-    """Return the stories of a .txt: parts between delimiters, without line breaks at their ends."""
+    """Return the stories of a .txt: parts between delimiters. The last one counts if it is not empty."""
+    if text == '':
+        return []
     parts = text.split(DELIMITER)
-    if len(parts) == 1:
-        return [text]
-    stories = [part.strip('\r\n') for part in parts]
-    if stories[-1] == '':
-        stories.pop()
-    return stories
+    if len(parts) > 1 and parts[-1].strip('\r\n') == '':
+        parts.pop()
+    return parts
+
+
+def text_of(path):
+    """Return the text of a file that is not a .parquet."""
+    data = path.read_bytes()
+    if path.name.lower().endswith('.gz'):
+        data = gzip.decompress(data)
+    return data.decode('utf-8-sig')
 
 
 def read_file(path, column=''):
@@ -46,19 +53,19 @@ def read_file(path, column=''):
 
         rows = pyarrow.parquet.read_table(path).to_pylist()
     else:
-        data = path.read_bytes()
-        if path.name.lower().endswith('.gz'):
-            data = gzip.decompress(data)
-        text = data.decode('utf-8-sig')
+        text = text_of(path)
         if kind(path) == '.txt':
             return read_text_file(text)
-        if kind(path) == '.csv':
+        if kind(path) in ('.csv', '.tsv'):
             csv.field_size_limit(2**31 - 1)
-            rows = list(csv.DictReader(io.StringIO(text, newline='')))
+            comma = ',' if kind(path) == '.csv' else '\t'
+            rows = list(csv.DictReader(io.StringIO(text, newline=''), delimiter=comma))
         elif kind(path) == '.json':
             rows = json.loads(text)
         else:
             rows = [json.loads(line) for line in text.split('\n') if line]
+    if not rows:
+        return []
     if not column:
         column = 'text' if 'text' in rows[0] else 'story'
     return [row[column] for row in rows]
@@ -100,13 +107,25 @@ def split_names(names):
 
 
 def read_in_order(paths, column):
-    """Return the stories of several files: those of all .txt come first, then those of the other files."""
+    """Return the stories of several files: those of all .txt come first, then those of the other files.
+
+    Line breaks at the ends of a story are not part of it.
+    """
     texts = [path for path in paths if kind(path) == '.txt']
     others = sorted(path for path in paths if kind(path) != '.txt')
     stories = []
     for path in texts + others:
-        stories += read_file(path, column)
+        for story in read_file(path, column):
+            stories.append(None if story is None else story.strip('\r\n'))
     return stories
+
+
+def only_document(files, column):
+    """Return the text of the only file that is not empty if it is a .txt without delimiters, else None."""
+    full = [path for path in files if read_file(path, column)]
+    if len(full) == 1 and kind(full[0]) == '.txt' and DELIMITER not in text_of(full[0]):
+        return text_of(full[0])
+    return None
 
 
 # which stories are used -------------------------------------------------------
@@ -290,10 +309,10 @@ def used_stories(source, column, data_percentage, val_percentage):
         train_names, val_names = list(files), []
     train = read_in_order([files[name] for name in train_names], column)
     val = read_in_order([files[name] for name in val_names], column)
-    document = source.is_file() and kind(source) == '.txt' and len(train) == 1
-    if document:
-        cut = int(len(train[0]) * (1 - (val_percentage or 10) / 100))
-        parts = [train[0][:cut], train[0][cut:]]
+    document = None if val_names else only_document(files.values(), column)
+    if document is not None:
+        cut = int(len(document) * (1 - (val_percentage or 10) / 100))
+        parts = [document[:cut], document[cut:]]
         share = data_percentage / 100
         parts = [part[:max(1, int(len(part) * share))] for part in parts]
         return {'train': parts[:1], 'val': parts[1:]}, 0, True

@@ -54,9 +54,9 @@ def write(path, stories, column='text'):
         return path
     if ending == '.txt':
         text = f'\n{DELIMITER}\n'.join(stories)
-    elif ending == '.csv':
+    elif ending in ('.csv', '.tsv'):
         with open(path, 'w', encoding='utf-8', newline='') as file:
-            writer = csv.writer(file)
+            writer = csv.writer(file, delimiter=',' if ending == '.csv' else '\t')
             writer.writerow(['n', column])
             writer.writerows([row.values() for row in rows])
         text = path.read_bytes().decode()

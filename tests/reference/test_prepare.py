@@ -31,7 +31,7 @@ ODD = ['', '  \n', ' a space before and after ', 'line\r\nbreaks\rof\nall kinds'
 LONG = 'One word and the next, ' * 12_000  # more than a library is given at a time
 
 
-@pytest.mark.parametrize('name', ['s.json', 's.csv', 's.parquet', 's.txt.gz', 's.csv.gz'])
+@pytest.mark.parametrize('name', ['s.json', 's.csv', 's.parquet', 's.txt.gz', 's.csv.gz', 's.tsv'])
 def test_each_kind_of_file(tmp_path, name):
     column = 'story' if 'csv' in name else 'text'
     source = write(tmp_path / name, [*STORIES, *ODD, LONG], column)

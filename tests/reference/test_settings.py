@@ -24,6 +24,7 @@ import torch
 from tests.helpers.scripts import ROOT, Script, script
 from tests.reference import naive_prepare, naive_report, naive_sample, prepare_cases, report_cases
 
+DELIMITER = prepare_cases.DELIMITER
 PREPARE, SAMPLE = 'data/tiny_stories/prepare.py', 'sample.py'
 EXPORT, REPORT, BENCH = 'export.py', 'tools/report.py', 'tools/bench.py'
 CASES = {}
@@ -137,6 +138,34 @@ def text_column_is_where_stories_stand(world, folder):
     for flags, letter in ([], 'a'), (['--text_column=tale'], 'b'):
         _, files, meta = prepare_cases.run(folder / 'out', folder / 's.json', *flags)
         assert all(text[0] == letter for side in texts(meta, files).values() for text in side)
+
+
+@case(PREPARE, 'text_encoding')
+def text_encoding_is_that_of_the_files(world, folder):
+    written = ['a \u00e9\u201c', 'a\u201c \u00e9', '\u201c\u00e9 a']
+    text = DELIMITER.join(written)
+    for name, encoding in ('a.txt', 'cp1252'), ('b.txt', 'utf-16'), ('c.txt', 'utf-8'):
+        (folder / name).write_bytes(text.encode(encoding))
+        _, files, meta = prepare_cases.run(folder / 'out', folder / name, f'--text_encoding={encoding}')
+        found = texts(meta, files)
+        assert sorted(found['train'] + found['val']) == sorted(written)
+    message = refused(PREPARE, f'--source={folder}/a.txt', f'--out_dir={folder}/x', status=1)
+    assert 'a.txt, line 1: byte 0xe9' in message and '--text_encoding' in message
+
+
+@case(PREPARE, 'separator')
+def separator_is_between_stories(world, folder):
+    source = folder / 's.txt'
+    source.write_text('a</s>b\n\nb</s>a\n\nab</s>\n')
+    for separator, stories in (
+            (r'\n\n', ['a</s>b', 'b</s>a', 'ab</s>']), ('</s>', ['a', 'b\n\nb', 'a\n\nab']),
+            ('a', ['</s>b\n\nb</s>', 'b</s>'])):
+        _, _, meta = prepare_cases.run(folder / 'out', source, f'--separator={separator}')
+        splits = meta['splits'].values()
+        assert sum(split['stories'] for split in splits) == len(stories)
+        assert sum(split['bytes'] for split in splits) == len(''.join(stories))
+    printed, _, _ = prepare_cases.run(folder / 'out', source)
+    assert any("it has </s> (3): type --separator '</s>'" in line for line in printed)
 
 
 @case(PREPARE, 'encoding_type')

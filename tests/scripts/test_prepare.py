@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -135,10 +136,11 @@ def test_saved_dataset_dict_keeps_its_splits(tmp_path, prepared):
 
 
 def test_text_column_may_be_any_column_of_text(tmp_path, prepared):
-    path = write(tmp_path / 's.csv', ['NA', 'null', '', 'a,"b"\r\n', ' 7'], column='tale, told')
-    assert both(prepared(path, text_column='tale, told')) == [' 7', 'NA', 'a,"b"\r\n', 'null']
+    path = write(tmp_path / 's.csv', ['NA', 'null', '', 'a,"b"\r\n7', ' 007'], column='tale, told')
+    assert both(prepared(path, text_column='tale, told')) == [' 007', 'NA', 'a,"b"\r\n7', 'null']
+    assert both(prepared(path, text_column='n')) == ['0', '1', '2', '3', '4']
     for column, message in ('', 'no column text or story: type --text_column and one of tale, told, n'), (
-            'n', "no text in its column 'n'"), ('m', 'no column m: type'):
+            'm', 'no column m: type'):
         with pytest.raises(UserError, match=message):
             prepared(path, text_column=column)
 
@@ -157,12 +159,13 @@ def test_folder_may_hold_its_own_prepared_data_and_is_read_again(tmp_path, prepa
         assert both(prepared(tmp_path, tmp_path)) == sorted(STORIES + texts)
 
 
-def test_folder_takes_text_files_without_delimiters_as_one_story_each(tmp_path, prepared):
+def test_folder_takes_text_files_without_delimiters_as_one_story_each(tmp_path, prepared, capsys):
     """The last file has a delimiter, and a story that is longer than what is read at a time."""
-    texts, long = [text + '\n' for text in STORIES], 'the cat sat on the mat ' * 100_000
-    for i, text in enumerate([*texts, f'one{DELIMITER}\n{long}\n']):
-        (tmp_path / f'{i}.txt').write_text(text, encoding='utf-8', newline='')
-    assert both(prepared(tmp_path)) == sorted([*texts, 'one', long])
+    long = 'the cat sat on the mat ' * 100_000
+    for i, text in enumerate([*STORIES, f'one{DELIMITER}\n{long}']):
+        (tmp_path / f'{i}.txt').write_text(text + '\n', encoding='utf-8', newline='')
+    assert both(prepared(tmp_path)) == sorted([*STORIES, 'one', long])
+    assert '--separator' not in capsys.readouterr().out
 
 
 def test_single_document_is_split_by_position_and_stays_plain(tmp_path, prepared):
@@ -258,6 +261,54 @@ def test_folder_mixes_kinds_of_files(tmp_path, prepared):
     """The library reads them as two types of text."""
     write_all(tmp_path / 's', {'a.txt': STORIES[:100], 'b.csv': STORIES[100:200], 'c.jsonl': STORIES[200:]})
     assert both(prepared(tmp_path / 's')) == sorted(STORIES)
+
+
+ODD_NAME = 'odd ::a[1]*?#%41'
+
+
+@pytest.mark.parametrize('name, meant', [
+    ('s[1].jsonl', 's1.jsonl'), ('s*.csv', 's1.csv'), ('s?.json', 's1.json'), ('s::1.parquet', '1.parquet'),
+    ('s#%41 .txt.gz', 's#A.txt.gz'), ('s [1]::', 's 1')])
+def test_names_are_paths_and_neither_patterns_nor_addresses(tmp_path, prepared, name, meant):
+    """`meant` is a decoy, what the name means as a pattern or an address. The library cannot write there."""
+    folder = tmp_path / ODD_NAME
+    folder.mkdir()
+    for name_there, texts in (name, STORIES), (meant, ['a decoy', 'another']):
+        ending = ''.join(Path(name_there.replace('#%41 ', '')).suffixes)
+        write(tmp_path / f'plain{ending}', texts).rename(folder / name_there)
+    assert both(prepared(folder / name, folder / 'o*::ut')) == sorted(STORIES)
+
+
+def test_out_dir_may_have_any_name_for_worker_processes_too(tmp_path):
+    out = tmp_path / ODD_NAME
+    source = write(tmp_path / 's.txt', BIG)
+    script(PREPARE, '--source', source, '--out_dir', out, '--num_proc', 2, '--offline')
+    assert both(read(out)) == sorted(BIG)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [ODD_NAME, 's.txt']
+
+
+@pytest.mark.parametrize('name', ['s.txt', 's.jsonl', 's.csv', 's.parquet', 'saved', 'folder'])
+def test_line_breaks_at_the_ends_are_not_part_of_a_story(tmp_path, prepared, name):
+    texts = ['\n\nOne.\n', 'Two.\r\n', '\n \tThree. \n\nEnd.']
+    if name == 'folder':
+        for i, text in enumerate(texts):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / f'{i}.txt').write_bytes(text.encode())
+    else:
+        write(tmp_path / name, texts)
+    assert both(prepared(tmp_path / name)) == sorted([' \tThree. \n\nEnd.', 'One.', 'Two.'])
+
+
+def test_files_without_stories_are_counted_in_one_line(tmp_path, prepared, capsys):
+    """The name of one of them would change the colour of a terminal."""
+    write_all(tmp_path / 's', {'b.txt': STORIES[:9], 'c.jsonl': STORIES[9:]})
+    empty = {'header.csv': b'id,title\n', 'list.json': b'[]', 'none.jsonl.gz': gzip.compress(b''),
+             '\x1b[31mred\n.tsv': b'', 'zero.txt': b''}
+    for name, content in empty.items():
+        (tmp_path / 's' / name).write_bytes(content)
+    assert both(prepared(tmp_path / 's')) == sorted(STORIES)
+    names = 'zero.txt, \N{REPLACEMENT CHARACTER}[31mred .tsv, header.csv, list.json, none.jsonl.gz'
+    assert f'\n5 of 7 files hold no stories: {names}\n' in capsys.readouterr().out
 
 
 def test_folder_of_token_files_is_refused_with_the_script_for_them(tmp_path, prepared):

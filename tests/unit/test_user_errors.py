@@ -243,6 +243,11 @@ def test_user_errors_gives_the_reason_in_one_line(error, line, n_wrappers):
         assert raised.value.__cause__ is error
 
 
+def test_user_errors_keeps_a_user_error_whatever_caused_it():
+    with pytest.raises(UserError, match=r'^line 7 is wrong$'), user_errors('f.bin'):
+        raise UserError('line 7 is wrong') from ValueError('bad byte')
+
+
 @pytest.mark.parametrize(('read', 'reason'), [
     (lambda: json.loads(5), 'the JSON object must be str'),  # a TypeError
     (lambda: json.load(5), "'int' object has no attribute 'read'"),  # an AttributeError

@@ -1,15 +1,17 @@
 """Files: one process at a time in a folder, files that are written whole or not at all."""
 
 import errno
+import glob
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from configurator import UserError
-from data.files import lock_folder, report_write_errors, write_atomically
+from data.files import lock_folder, plain_path, report_write_errors, write_atomically
 from tests.helpers.scripts import ROOT
 
 
@@ -111,3 +113,15 @@ def test_report_write_errors_tells_a_removed_folder_from_one_that_cannot_be_made
     with pytest.raises(UserError, match='name another --out_dir'), report_write_errors('out'):
         (tmp_path / 'file').touch()
         (tmp_path / 'file' / 'folder').mkdir()
+
+
+@pytest.mark.parametrize('name', ['plain', 'odd ::a', 'a[1]', 'b*', 'c?', 'data:x'])
+def test_plain_path_leads_to_the_folder_and_is_no_pattern_and_no_address(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir()
+    with plain_path(Path(name)) as path:
+        (path / 'file').write_text('x')
+        assert path.is_absolute() and glob.escape(str(path)) == str(path) and '::' not in str(path)
+        assert (path == tmp_path / name) == (name in ('plain', 'data:x'))
+    assert (tmp_path / name / 'file').read_text() == 'x'
+    assert path.exists() == (name in ('plain', 'data:x'))

@@ -1,0 +1,120 @@
+"""Story files: which ones are found, how a .txt is divided, and what is said about one that is not."""
+
+import os
+import re
+
+import pytest
+
+from configurator import SettingError, UserError
+from data import story_files
+from data.story_files import (
+    Format,
+    check_format,
+    describe_unseparated,
+    find_story_files,
+    guess_separator,
+    read_stories,
+    story_format,
+)
+
+
+def write(path, text=''):
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_text(text, encoding='utf-8', newline='')
+    return path
+
+
+# finding ------------------------------------------------------------------------
+
+def test_find_story_files_follows_links_to_folders_once(tmp_path):
+    folder, outside = tmp_path / 's', tmp_path / 'outside'
+    for path in folder / 'b/1.txt', folder / '2.json', outside / 'deep/3.csv', folder / '.hidden/4.txt':
+        write(path)
+    for link, target in ('b/up', '..'), ('self', '.'), ('a', 'b'), ('more', '../outside'), ('twice', 'more'):
+        (folder / link).symlink_to(target)
+    (outside / 'back').symlink_to(folder)
+    (folder / 'linked.txt').symlink_to('b/1.txt')
+    names = ['2.json', 'b/1.txt', 'linked.txt', 'more/deep/3.csv']
+    assert find_story_files(folder) == {name: folder / name for name in names}
+
+
+@pytest.mark.parametrize('name', ['x.txt', 'folder'])
+def test_find_story_files_reports_a_link_to_nothing(tmp_path, name):
+    write(tmp_path / 's/1.txt')
+    (tmp_path / 's' / name).symlink_to('gone')
+    with pytest.raises(UserError, match=f's/{name} is a link to gone, which is not there'):
+        find_story_files(tmp_path / 's')
+
+
+def test_find_story_files_reports_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
+    """As root may read everything, the refusal is imitated."""
+    write(tmp_path / 's/1.txt')
+    write(tmp_path / 's/locked/2.txt')
+    listdir = os.listdir
+
+    def refuse(path):
+        if str(path).endswith('locked'):
+            raise PermissionError(13, 'Permission denied', str(path))
+        return listdir(path)
+
+    monkeypatch.setattr(os, 'listdir', refuse)
+    with pytest.raises(UserError, match=r'folder .*s/locked cannot be read \(Permission denied\)'):
+        find_story_files(tmp_path / 's')
+
+
+# separators ---------------------------------------------------------------------
+
+@pytest.mark.parametrize('separator, text, parts', [
+    ('<|endoftext|>', '\n a \r\n<|endoftext|>b<|endoftext|>\n', ['\n a \r\n', 'b']),
+    ('</s>', 'a</s>\nb<|endoftext|></s></s>c', ['a', '\nb<|endoftext|>', '', 'c']),
+    (r'\n', 'a\r\nb\nc\rd\n', ['a\r', 'b', 'c\rd']),
+    (r'\n\n', 'a\nb\n\nc\r\n\r\nd\r\n', ['a\nb', 'c\r', 'd\r\n']),
+    (r'\n---\n', 'a --- b\r\n---\r\nc', ['a --- b\r', 'c']),
+    (r'\t\\n', 'a\t\\nb\\nc', ['a', 'b\\nc']),
+    ('.*', 'a.*b', ['a', 'b']),
+    ('<|endoftext|>', 'a\n', ['a\n']), ('<|endoftext|>', '\n', ['\n']), ('<|endoftext|>', '', [])])
+def test_read_txt_divides_at_the_separator(tmp_path, monkeypatch, separator, text, parts):
+    path = write(tmp_path / 's.txt', text)
+    for chunk in 1, 2, 5, 1 << 20:
+        monkeypatch.setattr(story_files, 'CHUNK', chunk)
+        assert list(read_stories(path, story_format('', 'utf-8', separator))) == parts
+
+
+@pytest.mark.parametrize('text, guess', [
+    ('a</s>b</s>', ('</s>', 2)), ('<s>a</s><s>b</s>', ('</s>', 2)),
+    ('a<|end_of_text|>b\n\nc', ('<|end_of_text|>', 1)),
+    ('<|im_start|>a<|im_end|>\n<|im_start|>b<|im_end|>', ('<|im_end|>', 2)), ('a [EOS] b', ('[EOS]', 1)),
+    ('a --- b\r\n---\r\nc\n----\nd\n---\ne', ('\n---\n', 2)), ('a\nb\n\nc\r\n\r\nd\n\n', ('\n\n', 2)),
+    ('a\nb\nc\n', ('\n', 2)), ('a < b [1] c', ('', 0)), ('', ('', 0))])
+def test_guess_separator_finds_marks_then_blank_lines_then_lines(text, guess):
+    assert guess_separator(text) == guess
+
+
+def test_describe_unseparated_says_what_to_type(tmp_path):
+    book = write(tmp_path / 'book.txt', 'To be\n\nor not\n\nto be')
+    marked = write(tmp_path / 'marked.txt', 'a</s>b\n\n')
+    table = write(tmp_path / 's.jsonl')
+    alone = describe_unseparated({book: 1}, Format())
+    assert alone == (f"{book} has no '<|endoftext|>', so it is one document; it has blank lines (2): "
+                     r"type --separator '\n\n' if they are between stories")
+    assert 'book.txt' in describe_unseparated({book: 1, table: 1}, Format())
+    # blank lines are in the stories of a folder, and a mark is not
+    assert describe_unseparated({book: 1, table: 9}, Format()) == ''
+    assert re.search(r"marked\.txt .* </s> \(1\): type --separator '</s>'",
+                     describe_unseparated({book: 1, marked: 1, table: 9}, Format()))
+    # without a single one that is divided, a given separator is wrong
+    assert describe_unseparated({book: 1, marked: 2}, Format(separator='</s>')) == ''
+    with pytest.raises(UserError, match=r"no \.txt of the source has the separator '='"):
+        describe_unseparated({book: 1, table: 9}, Format(separator='='))
+
+
+def test_check_format_refuses_settings_without_effect():
+    encoded, divided, column = Format(encoding='cp1252'), Format(separator='</s>'), Format(column='tale')
+    for how, kinds in (encoded, ['.csv', '.parquet']), (divided, ['.txt', '.csv']), (column, ['.arrow']), (
+            Format(encoding='UTF8'), ['.parquet']):
+        check_format(how, kinds, 's')
+    for how, kinds, name in (
+            (encoded, ['.parquet'], 'text_encoding'), (encoded, ['.arrow'], 'text_encoding'),
+            (divided, ['.csv'], 'separator'), (column, ['.txt'], 'text_column'), (column, [], 'text_column')):
+        with pytest.raises(SettingError, match=f'{name} is for .*, and s has none'):
+            check_format(how, kinds, 's')
