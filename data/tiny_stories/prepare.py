@@ -92,6 +92,8 @@ def write_dataset(folder, cache):
 
 def check_settings():
     """Check the settings. Raises SettingError."""
+    if not source:
+        raise SettingError('source is empty: name a dataset, a file or a folder with stories, or sample')
     one_of(('auto', 'char', 'bpe', 'gpt2'), encoding_type=encoding_type)
     if vocab_size and (wanted_encoding() != 'bpe' or tokenizer):
         raise SettingError('vocab_size is for a new bpe tokenizer: type --encoding_type bpe, no --tokenizer')
@@ -99,7 +101,8 @@ def check_settings():
     in_range(above=0, at_most=100, data_percentage=data_percentage)
     in_range(at_least=0, below=100, val_percentage=val_percentage)
     in_range(at_least=0, at_most=1, infill_rate=infill_rate)
-    in_range(at_least=0, num_proc=num_proc, seed=seed)
+    in_range(at_least=0, at_most=1024, num_proc=num_proc)
+    in_range(at_least=0, seed=seed)
 
 
 def wanted_encoding():

@@ -94,7 +94,7 @@ WRONG_VALUES = {
             'dtype=int4 device=tpu min_new_tokens=-1',
     EXPORT: 'format=onnx ckpt=old dtype=int4 path=',
     PREPARE: 'encoding_type=word data_percentage=0 data_percentage=101 val_percentage=-1 val_percentage=100 '
-             'infill_rate=-1 infill_rate=2 num_proc=-1 seed=-1',
+             'infill_rate=-1 infill_rate=2 num_proc=-1 num_proc=2000000 seed=-1',
     TOKEN_FILES: 'encoding_type=word data_percentage=0 data_percentage=101 val_percentage=-1 '
                  'val_percentage=100',
     REPORT: 'ckpt=old num_samples=1 max_new_tokens=0 temperature=-1 top_p=0 seed=-1 dtype=int8 eval_iters=-1',
