@@ -143,8 +143,8 @@ def prepared_files(folder):
     foreign = sorted(set(names) - set(listed))
     if foreign:
         shown = ', '.join(foreign[:5])
-        raise UserError(f'{folder} has files that prepare.py did not write there ({shown}): remove them, or '
-                        'name another --out_dir')
+        raise UserError(f'{folder} has files that no meta.json of prepare.py lists ({shown}): move them '
+                        'away, or name another --out_dir')
     return [name for name in listed if name in names]
 
 

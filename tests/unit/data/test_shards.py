@@ -247,7 +247,7 @@ def test_write_dataset_atomically_refuses_files_of_others(tmp_path, names):
     for name in names:
         (folder / name).write_text('{"theirs": 1}')
     before = content(folder)
-    with pytest.raises(UserError, match=rf'did not write there \({names[0]}\): remove them, or name another'):
+    with pytest.raises(UserError, match=rf'that no meta.json .* lists \({names[0]}\): move them away, or'):
         replace(folder)
     assert content(folder) == before
     assert not (folder / '.lock').exists()
