@@ -312,6 +312,8 @@ def change_meta(old, new):
     (change_meta('"tokens": 400', '"tokens": 0'), 'meta.json is damaged .*tokens is 0'),
     (change_meta('"tokens": 400', '"tokens": "400"'), "meta.json is damaged .*tokens is '400'"),
     (change_meta('"tokens": 400', '"tokens": true'), 'meta.json is damaged .*tokens is True'),
+    (change_meta('"delimiter": 1', '"delimiter": 60000'), 'delimiter is 60000, beyond the vocabulary'),
+    (change_meta('"delimiter": 1', '"infill_rate": 0.5'), 'meta.json is damaged .*delimiter is None'),
     (change_meta('train_00001.bin', 'train_00000.bin'), 'shard train_00000.bin is listed twice'),
     (change_meta('"vocab_size": 60000', '"vocab_size": 70000'), 'vocab_size is 70000, and tokens are uint16'),
     (lambda folder: (folder / 'meta.json').write_text('[1]'), 'meta.json is damaged'),
