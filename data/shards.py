@@ -230,7 +230,7 @@ def check_meta(meta):
     if type(rate) not in (int, float) or not 0 <= rate <= 1:
         raise ValueError(f'infill_rate is {reprlib.repr(rate)}')
     for name in 'delimiter', 'blank', 'middle':
-        if (rate > 0 or name in meta) and count(meta, name) >= vocab_size:
+        if rate > 0 and count(meta, name) >= vocab_size:  # nobody reads them without infilling
             raise ValueError(f'{name} is {meta[name]}, beyond the vocabulary of {vocab_size}')
     splits = entry(meta, 'splits', dict)
     names = set()
