@@ -31,10 +31,10 @@ from data.hf_tokenizer import (
 from data.sentencepiece_file import BYTE, CONTROL, NORMAL, UNKNOWN, check_encoding, sentencepiece_model
 from data.tokenizer import (
     FILE_NAMES,
+    MAX_IDS,
     BPETokenizer,
     CharTokenizer,
     GPT2Tokenizer,
-    check_n_ids,
     load_tokenizer,
     read_file,
     tokenizer_from_state,
@@ -199,7 +199,8 @@ def from_bin(data):
         text = data[offset - length:offset].decode()
         if text not in ('\0<blank>', '\0<middle>'):  # as export.py writes them
             pieces.append((text, score, NORMAL))
-    check_n_ids(len(pieces))
+        if len(pieces) > MAX_IDS:
+            raise ValueError(f'it has more than {MAX_IDS:,} ids')
     return tokenizer_of(pieces)
 
 
