@@ -16,7 +16,7 @@ import zipfile
 from pathlib import Path
 
 from configurator import UserError, user_errors
-from data.files import refuse_stand_in
+from data.files import check_stored, refuse_stand_in
 from data.hf_tokenizer import (
     GPT2_HELP,
     check_model_type,
@@ -100,6 +100,7 @@ def read_checkpoint_tokenizer(path):
 
     with user_errors(path, 'is not a checkpoint of this project, and was not run'):
         with zipfile.ZipFile(path) as archive:
+            check_stored(archive)
             for name in archive.namelist():
                 if name.endswith('data.pkl'):
                     archive.read(name)  # compares its checksum, which torch.load does not
