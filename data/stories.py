@@ -1,8 +1,8 @@
 """Load the stories of any source as a DatasetDict of the `datasets` library, and map functions over them.
 
-A DatasetDict has a split `train`, maybe a split `validation`, and one column, `text`. Stories lie in
-memory-mapped Arrow files (those of local sources in the folder `cache`), so memory does not grow with their
-number. Only a single story, a .txt that is one document and the list in a .json file are read into memory.
+A DatasetDict has a split `train` and maybe `validation`, or one `document`, and one column, `text`. Stories
+lie in memory-mapped Arrow files (those of local sources in the folder `cache`), so memory does not grow with
+their number. Only a single story, a document and the list in a .json file are read into memory.
 """
 
 import gzip
@@ -15,6 +15,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from configurator import UserError, script_path, user_errors
+from data.splits import group_by_split
 from data.tiny_stories import sample_stories
 from data.workers import Workers, available_cores, call_in_worker
 
@@ -32,19 +33,20 @@ HUB_TIMEOUT = 5  # seconds to wait for the hub's first answer; the library would
 
 # sources ------------------------------------------------------------------------
 
-def load_stories(source, cache, column='', percentage=100.0, seed=1337, offline=False):
-    """Return (DatasetDict of the stories, a remark about its test split or '').
+def load_stories(source, cache, column='', seed=1337, offline=False):
+    """Return (DatasetDict of the stories, one line that says which file is in which split).
+
+    A .txt that is one document has the split `document` alone, with one row.
 
     source: 'sample' (the built-in corpus), a local path, or a name on the Hugging Face hub.
     column: the column that holds the stories; '' means text or story.
-    percentage: how much of a single document to use; all stories of other sources are returned.
     seed: of the built-in corpus.
     Raises UserError if the source cannot be read or holds no stories.
     """
     path = Path(source)
     if source == 'sample':
         import_datasets(offline=True)
-        named = {'train': built_in_stories(seed)}
+        named = {'sample': built_in_stories(seed)}
     elif is_hub_name(source):
         named = load_from_hub(source, offline)
     elif is_saved_dataset(path):
@@ -52,13 +54,13 @@ def load_stories(source, cache, column='', percentage=100.0, seed=1337, offline=
         named = load_saved_dataset(path)
     else:
         import_datasets(offline=True)
-        return load_story_files(path, cache, column, percentage)
+        return load_story_files(path, cache, column)
 
-    names, remark = group_by_split(named)
+    names, files_line = group_by_split(named)
     splits = {}
     for split in names:
         splits[split] = [only_text(named[name], source, column) for name in names[split]]
-    return concatenate(splits), remark
+    return concatenate(splits), files_line
 
 
 def import_datasets(offline):
@@ -155,18 +157,18 @@ def load_saved_dataset(path):
 
 # story files --------------------------------------------------------------------
 
-def load_story_files(path, cache, column, percentage):
-    """Return (DatasetDict, remark) of a file or a folder of files, as load_stories does."""
+def load_story_files(path, cache, column):
+    """Return (DatasetDict, line) of a file or a folder of files, as load_stories does."""
     files = find_story_files(path)
-    names, remark = group_by_split(files)
+    names, files_line = group_by_split(files)
     splits = {}
     for split in names:
         parts = load_files([files[name] for name in names[split]], cache / f'{split}.arrow', column)
         splits[split] = [only_text(part, path, column) for part in parts]
     stories = concatenate(splits)
     if is_document(path, stories['train']):
-        stories = split_document(stories['train'][0]['text'], percentage)
-    return stories, remark
+        stories['document'] = stories.pop('train')
+    return stories, files_line
 
 
 def find_story_files(path):
@@ -276,52 +278,7 @@ def is_document(path, stories):
         return DELIMITER not in file.read()
 
 
-def split_document(text, percentage):
-    """Return a DatasetDict: as in nanoGPT, the first 90% of the characters are for training.
-
-    Of both parts, the first `percentage` percent are taken.
-    """
-    import datasets
-
-    cut = int(0.9 * len(text))
-    splits = {}
-    for split, part in ('train', text[:cut]), ('validation', text[cut:]):
-        length = max(1, int(len(part) * (percentage / 100)))
-        splits[split] = datasets.Dataset.from_dict({'text': [part[:length]]})
-    return datasets.DatasetDict(splits)
-
-
-# splits and columns -------------------------------------------------------------
-
-def group_by_split(names):
-    """Return ({split: names}, remark), by words such as val, valid, test and train in the names of files.
-
-    A test split is left out if there is a validation split, and serves as one otherwise.
-    Example: ['a-train.txt', 'a-valid.txt', 'test.txt'] gives
-    {'train': ['a-train.txt'], 'validation': ['a-valid.txt']} and a remark about test.txt.
-    """
-    train, val, test = [], [], []
-    for name in names:
-        words = set(re.split('[^a-z]+', name.lower()))
-        if 'val' in words or 'valid' in name.lower():
-            val.append(name)
-        elif 'test' in words and 'train' not in words:
-            test.append(name)
-        else:
-            train.append(name)
-    if not any('train' in re.split('[^a-z]+', name.lower()) for name in train):
-        # no file is called train: then `test` is just a name
-        train, test = train + test, []
-    remark = ''
-    if test and val:
-        remark = f'left out, as a test split: {", ".join(test)}'
-    elif test:
-        remark = f'for validation, as there is no other split: {", ".join(test)}'
-    val = val or test
-    if train and val:
-        return {'train': train, 'validation': val}, remark
-    return {'train': train + val}, remark
-
+# columns ------------------------------------------------------------------------
 
 def only_text(dataset, name, column):
     """Return the Dataset with only its column of stories, named `text`. Raises UserError if it has none."""

@@ -26,7 +26,7 @@ import numpy as np
 from configurator import SettingError, UserError, user_errors
 from data.files import refuse_stand_in
 from data.sentencepiece_file import SPACE_MARK, count_pieces
-from data.shards import PREPARE, read_meta
+from data.shards import how_to_prepare, read_meta
 
 MAX_VOCAB_SIZE = 2**16  # ids are stored as uint16
 MAX_IDS = MAX_VOCAB_SIZE - 2  # without <blank> and <middle>
@@ -354,7 +354,7 @@ FILE_NAMES = [kind.file_name for kind in CLASSES.values()]
 def load_tokenizer(folder):
     """Return the tokenizer of a prepared folder. Raises UserError if it is missing or damaged."""
     meta = read_meta(folder)
-    with user_errors(f'the tokenizer of {folder}', f'is missing or damaged ({PREPARE})'):
+    with user_errors(f'the tokenizer of {folder}', f'is missing or damaged ({how_to_prepare(folder)})'):
         if meta['encoding'] not in CLASSES:
             raise ValueError(f"no encoding {meta['encoding']!r}")
         name = CLASSES[meta['encoding']].file_name

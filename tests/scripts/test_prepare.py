@@ -15,7 +15,7 @@ import datasets
 import numpy as np
 import pytest
 
-from configurator import UserError, settings
+from configurator import SettingError, UserError, settings
 from data import infill, stories
 from data.files import lock_folder
 from data.shards import read_meta
@@ -24,6 +24,7 @@ from data.tiny_stories.sample_stories import stories as built_in_stories
 from data.tokenizer import CharTokenizer, load_tokenizer
 from tests.helpers.hub import Hub
 from tests.helpers.scripts import ROOT, script
+from tests.helpers.windows import windows_files
 
 PREPARE = 'data/tiny_stories/prepare.py'
 DELIMITER = '<|endoftext|>'
@@ -118,6 +119,12 @@ def test_every_source_gives_back_its_stories_and_the_same_split(tmp_path, prepar
     ('train', 'validation'), ('train.csv.gz', 'test.csv.gz')])  # the third has no dataset_dict.json
 def test_files_with_val_in_their_names_are_the_validation_split(tmp_path, prepared, train, val):
     assert prepared(write_all(tmp_path / 's', {train: TRAIN, val: VAL})) == {'train': TRAIN, 'val': VAL}
+
+
+def test_val_percentage_is_refused_if_the_source_has_a_validation_split(tmp_path, prepared):
+    source = write_all(tmp_path / 's', {'train.txt': TRAIN, 'dev.txt': VAL})
+    with pytest.raises(SettingError, match=r'val_percentage 50 has no effect, .*validation: dev.txt\)'):
+        prepared(source, val_percentage=50.0)
 
 
 def test_saved_dataset_dict_keeps_its_splits(tmp_path, prepared):
@@ -268,6 +275,36 @@ def test_folder_in_use_is_refused(tmp_path, prepared):
     with lock_folder(out, ''), pytest.raises(UserError, match=f'{out} is in use by another process: wait'):
         prepared(tmp_path / 's.txt')
     assert read(out) == before
+
+
+@linux_only
+@pytest.mark.parametrize('num_proc, texts', [(1, STORIES), (2, BIG)], ids=['one process', 'workers'])
+def test_files_are_closed_before_they_are_removed_or_replaced(tmp_path, prepared, num_proc, texts):
+    """Windows cannot remove files in use. Stories lie in mapped files of a temporary folder in out_dir."""
+    source, out = write(tmp_path / 's.jsonl', texts), tmp_path / 'out'
+    with windows_files():
+        for _ in range(2):
+            assert both(prepared(source, num_proc=num_proc)) == sorted(texts)
+        with pytest.raises(UserError, match='vocab_size'):
+            prepared(source, num_proc=num_proc, encoding_type='bpe', vocab_size=60000)
+    assert sorted(os.listdir(out)) == ['.lock', 'meta.json', 'tokenizer.json', 'train_00000.bin',
+                                       'val_00000.bin']
+
+
+@linux_only
+@pytest.mark.parametrize('umask', [0o002, 0o077])
+def test_files_have_the_permissions_that_the_umask_gives(tmp_path, prepared, umask):
+    before = os.umask(umask)
+    try:
+        prepared(write(tmp_path / 's.txt'), tmp_path / 'new/out', encoding_type='bpe', vocab_size=400)
+    finally:
+        os.umask(before)
+    for path in tmp_path / 'new', tmp_path / 'new/out':
+        assert path.stat().st_mode & 0o777 == 0o777 & ~umask, path
+    files = list(tmp_path.glob('new/out/*'))
+    assert len(files) == 5
+    for path in files:
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path
 
 
 def test_seed_chooses_the_built_in_stories(tmp_path, prepared, monkeypatch):
