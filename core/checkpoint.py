@@ -32,6 +32,7 @@ import torch
 from configurator import SettingError, UserError, script_path, user_errors
 from core.distributed import get_ranks
 from data.files import (
+    check_stored,
     lock_folder,
     refuse_stand_in,
     report_write_errors,
@@ -44,6 +45,7 @@ from model import GPT, GPTConfig
 
 FILES = {'last': 'ckpt.pt', 'best': 'best.pt'}
 NUMBER = float | int
+PLAIN = bool | int | float | str  # a setting
 TYPES = {
     'model': dict, 'config': dict, 'tokenizer': dict | None, 'settings': dict, 'iter': int,
     'best_val_loss': NUMBER, 'best_iter': int, 'measured_on': str, 'optimizers': list, 'scaler': dict,
@@ -79,7 +81,7 @@ def load_checkpoint(path, required=REQUIRED):
 
 
 def check_types(checkpoint, required):
-    """Raise ValueError if a value of a checkpoint is missing or of the wrong type."""
+    """Raise ValueError if a value of a checkpoint is missing, of the wrong type, or out of range."""
     if not isinstance(checkpoint, dict):
         raise ValueError(f'it holds a {type(checkpoint).__name__}')
     for name in required:
@@ -88,15 +90,27 @@ def check_types(checkpoint, required):
     for name, value in checkpoint.items():
         if name not in TYPES:
             continue
-        is_negative = isinstance(value, NUMBER) and not value >= 0  # or nan
-        if not isinstance(value, TYPES[name]) or is_negative:
+        if not isinstance(value, TYPES[name]) or not is_in_range(value):
             raise ValueError(f'its {name} is {reprlib.repr(value)}')
+    for name, value in checkpoint['settings'].items():
+        is_text = name in ('out_dir', 'dataset')
+        if not isinstance(name, str) or not isinstance(value, str if is_text else PLAIN):
+            raise ValueError(f'its setting {reprlib.repr(name)} is {reprlib.repr(value)}')
+    config_of(checkpoint['config'])
+
+
+def is_in_range(value):
+    """Return whether a value of a checkpoint, if a number, is neither negative nor nan and fits 64 bits."""
+    if isinstance(value, int):
+        return 0 <= value < 2**63
+    return not isinstance(value, float) or value >= 0
 
 
 def damage(path):
     """Return what is wrong with the file itself, or ''. torch.load does not compare the checksums."""
     try:
         with zipfile.ZipFile(path) as archive:
+            check_stored(archive)
             damaged_file = archive.testzip()
     except Exception as error:  # a file that is not an archive, or half of one, fails in many ways
         return str(error) or type(error).__name__
