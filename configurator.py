@@ -64,10 +64,19 @@ def configure(settings_globals, argv=None, base=None, alternatives=()):
         raise SystemExit(0)
 
     def override_globals():
+        check_working_directory()
         defaults = settings(settings_globals)
         settings_globals.update(resolve_settings(defaults, words, base, alternatives))
 
     run(override_globals)
+
+
+def check_working_directory():
+    """Raise UserError if the working directory has been deleted: libraries end the process much later."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError('the working directory has been deleted: cd to a folder that exists') from None
 
 
 def resolve_settings(defaults, words, base, alternatives):
@@ -412,9 +421,15 @@ def is_our_module(name):
 
 
 def set_up_streams():
-    """Let stdout and stderr take any text: files and pipes get UTF-8, a terminal shows what it can."""
+    """Let stdout and stderr take any text: files and pipes get UTF-8, a terminal shows what it can.
+
+    A closed stream (python train.py >&-) becomes one that drops what is written.
+    """
+    for name in 'stdout', 'stderr':
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115 (open until the process ends)
     for stream in sys.stdout, sys.stderr:
-        if not hasattr(stream, 'reconfigure'):  # closed (None), or replaced by a test
+        if not hasattr(stream, 'reconfigure'):  # replaced by a test
             continue
         if stream.isatty():
             stream.reconfigure(errors='replace')
@@ -430,8 +445,6 @@ def print_message(message):
         # Usually every rank fails the same way: let rank 0 print, and wait for torchrun to end this one.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
-    if sys.stderr is None:  # closed
-        return
     script = os.path.basename(sys.argv[0])
     line = ' '.join(printable(message).splitlines())
     try:
@@ -442,8 +455,6 @@ def print_message(message):
 
 def drop_unwritable_output(stream):
     """Drop buffered output that cannot be written: Python would try again at exit, and complain."""
-    if stream is None:  # closed
-        return
     try:
         stream.flush()
     except OSError:
@@ -459,8 +470,15 @@ def printable(text):
 
 
 def script_path(name):
-    """Return the path of one of our scripts relative to the working directory, quoted for the shell."""
-    return shlex.quote(os.path.relpath(ROOT / name))
+    """Return the path of one of our scripts, quoted for the shell and relative to the working directory.
+
+    If that has been deleted meanwhile, the path is absolute.
+    """
+    try:
+        path = os.path.relpath(ROOT / name)
+    except FileNotFoundError:
+        path = str(ROOT / name)
+    return shlex.quote(path)
 
 
 # errors of libraries ---------------------------------------------------------------

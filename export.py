@@ -12,8 +12,11 @@ import contextlib
 import math
 import os
 import shutil
+import sys
 from functools import partial
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # this repository comes before PYTHONPATH
 
 import numpy as np
 import torch

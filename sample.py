@@ -10,14 +10,17 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # this repository comes before PYTHONPATH
+
 import torch
 from tqdm import tqdm
 
 from configurator import SettingError, UserError, configure, in_range, one_of, printable, run, user_errors
 from core.checkpoint import FILES, load_model
-from core.device import DTYPES, choose_device, choose_dtype, configure_memory
+from core.device import DTYPES, choose_device, choose_dtype
 from core.generate import generate_stories, generate_until
 from core.kernels import use_fast_cpu_kernels
+from core.memory import configure_memory
 from core.quantize import to_int8
 from data import infill
 from formats.pretrained import load_with_tokenizer

@@ -15,6 +15,8 @@ from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # this repository comes before PYTHONPATH
+
 import numpy as np
 import torch
 
@@ -25,7 +27,6 @@ from core.device import (
     choose_device,
     choose_dtype,
     choose_threads,
-    configure_memory,
     to_device,
     try_compile,
 )
@@ -40,6 +41,7 @@ from core.distributed import (
 from core.evaluate import Evaluator, count_loss, describe_measure, evaluate, find_infill_rows
 from core.generate import first_story_words, sample_story
 from core.kernels import use_fast_cpu_kernels
+from core.memory import configure_memory
 from core.optim import clip_and_step, make_optimizers, set_learning_rate
 from core.progress import check_tracker, make_progress
 from data.shards import Batches, Split, fingerprint, prepared_folder

@@ -11,7 +11,8 @@ import torch
 from configurator import UserError, user_errors
 from core.checkpoint import config_of, parameter_shapes
 from data.files import refuse_stand_in
-from data.tokenizer_files import CONTROL, UNKNOWN, read_tokenizer
+from data.sentencepiece_file import CONTROL, UNKNOWN
+from data.tokenizer_files import read_tokenizer
 from formats import base
 from formats.families import GPT2, LLAMA, NEUTRAL, family_of, required_block
 from formats.pieces import gpt2_merges, merges_of, pieces_of

@@ -20,7 +20,8 @@ import torch
 from configurator import UserError, user_errors
 from core.checkpoint import parameter_shapes
 from data.files import refuse_stand_in
-from data.tokenizer_files import BYTE, NORMAL, read_tokenizer
+from data.sentencepiece_file import BYTE, NORMAL
+from data.tokenizer_files import read_tokenizer
 from formats import base
 from formats.families import LLAMA
 from formats.pieces import pieces_of

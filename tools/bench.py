@@ -30,9 +30,10 @@ import torch
 
 from configurator import SettingError, configure, in_range, one_of, run
 from core.checkpoint import load_checkpoint, load_model
-from core.device import DTYPES, choose_device, choose_dtype, configure_memory
+from core.device import DTYPES, choose_device, choose_dtype
 from core.generate import generate
 from core.kernels import use_fast_cpu_kernels
+from core.memory import configure_memory
 from core.quantize import to_int8
 from data.shards import read_meta
 from formats.page.page import HTML

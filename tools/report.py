@@ -24,10 +24,11 @@ from tqdm import tqdm
 
 from configurator import SettingError, UserError, configure, in_range, one_of, run
 from core.checkpoint import FILES, RunFolder, load_model
-from core.device import DTYPES, choose_device, choose_dtype, configure_memory
+from core.device import DTYPES, choose_device, choose_dtype
 from core.evaluate import Evaluator, count_loss, evaluate, find_infill_rows
 from core.generate import first_words, generate_stories
 from core.kernels import use_fast_cpu_kernels
+from core.memory import configure_memory
 from core.progress import read_run_facts
 from data.files import write_bytes_atomically
 from data.shards import Split, fingerprint, prepared_folder
@@ -128,7 +129,7 @@ def page_path(names):
 
 
 def template():
-    return Path(__file__).with_name('report_template.html').read_text(encoding='utf-8')
+    return Path(__file__).resolve().with_name('report_template.html').read_text(encoding='utf-8')
 
 
 def is_report(file):

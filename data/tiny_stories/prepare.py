@@ -16,11 +16,12 @@ from hashlib import blake2b
 import numpy as np
 
 from configurator import SettingError, UserError, configure, in_range, one_of, run, script_path
+from core.memory import limit_memory
 from data import infill
 from data.shards import ShardWriter, write_dataset_atomically, write_meta
 from data.splits import split_document
 from data.stories import load_stories, map_stories
-from data.tokenizer import BPETokenizer, CharTokenizer, unique_characters
+from data.tokenizer import BPETokenizer, CharTokenizer, VocabSizeError, unique_characters
 from data.tokenizer_files import load_gpt2, open_tokenizer
 
 source = 'roneneldan/TinyStories'  # a name on the Hugging Face hub, a file, a folder, or sample (built in)
@@ -41,7 +42,8 @@ offline = False  # never use the network: read hub datasets and GPT-2's vocabula
 def main():
     start_time = time.perf_counter()
     check_settings()
-    folder = Path(out_dir or Path(__file__).parent)
+    limit_memory()
+    folder = Path(out_dir or Path(__file__).resolve().parent)
 
     # temporary folders: at the end, the files in `new` replace the old ones; `cache` has intermediate files
     with write_dataset_atomically(folder) as (new, cache):
@@ -90,6 +92,8 @@ def write_dataset(folder, cache):
 
 def check_settings():
     """Check the settings. Raises SettingError."""
+    if not source:
+        raise SettingError('source is empty: name a dataset, a file or a folder with stories, or sample')
     one_of(('auto', 'char', 'bpe', 'gpt2'), encoding_type=encoding_type)
     if vocab_size and (wanted_encoding() != 'bpe' or tokenizer):
         raise SettingError('vocab_size is for a new bpe tokenizer: type --encoding_type bpe, no --tokenizer')
@@ -97,7 +101,8 @@ def check_settings():
     in_range(above=0, at_most=100, data_percentage=data_percentage)
     in_range(at_least=0, below=100, val_percentage=val_percentage)
     in_range(at_least=0, at_most=1, infill_rate=infill_rate)
-    in_range(at_least=0, num_proc=num_proc, seed=seed)
+    in_range(at_least=0, at_most=1024, num_proc=num_proc)
+    in_range(at_least=0, seed=seed)
 
 
 def wanted_encoding():
@@ -208,12 +213,16 @@ def train_tokenizer(stories, cache):
     fits = to_numpy(stories, 'bytes')[order].cumsum() <= 100_000_000
     fits[0] = True  # at least one story
     sample = stories.select(np.sort(order[fits]))
-    size = vocab_size
-    if size == 0:
-        # Not 30,000: in a model 288 wide, the embeddings alone would be 8.6M parameters, more than all layers
-        # of a 15M model.
-        size = 1536 if source == 'sample' else 4096
-    return BPETokenizer.train(sample['text'], size)
+    if vocab_size:
+        return BPETokenizer.train(sample['text'], vocab_size)
+    # Not 30,000: in a model 288 wide, the embeddings alone would be 8.6M parameters, more than all layers of
+    # a 15M model.
+    size = 1536 if source == 'sample' else 4096
+    try:
+        return BPETokenizer.train(sample['text'], size)
+    except VocabSizeError as error:
+        print(f'vocab_size: {error.nearest}, because {size} does not suit this text')
+        return BPETokenizer.train(sample['text'], error.nearest)
 
 
 def collect_characters(batch):

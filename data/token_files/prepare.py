@@ -52,7 +52,7 @@ _HEADERS = {
 def main():
     check_settings()
     files = find_token_files(Path(source))
-    folder = Path(out_dir or Path(__file__).parent)
+    folder = Path(out_dir or Path(__file__).resolve().parent)
     with write_dataset_atomically(folder) as (new, _):
         enc = load_tokenizer()
         our_ids = ids_of_their_tokens(enc)

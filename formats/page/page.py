@@ -27,7 +27,7 @@ from formats import base
 from formats.page.vocabulary import page_vocabulary
 from model import GPTConfig
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).resolve().parent
 BEGINNING = b'<!DOCTYPE html><html lang="en">\n<!-- stories -->'  # of our pages, tells them from others
 
 

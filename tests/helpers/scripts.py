@@ -143,6 +143,13 @@ def script(*words, status=0, cwd=ROOT, **environment):
     return Script(*words, cwd=cwd, **environment).finish(status)
 
 
+def rank_variables(rank, ranks, port=1):
+    """Return the environment variables {name: text} by which torchrun tells a process its rank."""
+    numbers = {'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': ranks, 'LOCAL_WORLD_SIZE': ranks,
+               'MASTER_PORT': port}
+    return {'MASTER_ADDR': 'localhost'} | {name: str(number) for name, number in numbers.items()}
+
+
 def on_ranks(ranks, *words, program='train.py'):
     """Run a script on several ranks until all have ended, without torchrun; return what rank 0 prints."""
     runs = start_ranks([(program, *words)] * ranks)
@@ -159,10 +166,7 @@ def start_ranks(commands):
     store = dist.TCPStore('localhost', 0, is_master=True, wait_for_workers=False)
     runs = []
     for rank, words in enumerate(commands):
-        environment = {
-            'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': ranks, 'LOCAL_WORLD_SIZE': ranks,
-            'MASTER_ADDR': 'localhost', 'MASTER_PORT': store.port, 'TORCHELASTIC_USE_AGENT_STORE': True}
-        environment = {name: str(value) for name, value in environment.items()}
+        environment = rank_variables(rank, ranks, store.port) | {'TORCHELASTIC_USE_AGENT_STORE': 'True'}
         runs.append(Script(*words, **environment))
     runs[0].store = store  # rank 0 keeps it open for the others
     return runs

@@ -94,7 +94,7 @@ WRONG_VALUES = {
             'dtype=int4 device=tpu min_new_tokens=-1',
     EXPORT: 'format=onnx ckpt=old dtype=int4 path=',
     PREPARE: 'encoding_type=word data_percentage=0 data_percentage=101 val_percentage=-1 val_percentage=100 '
-             'infill_rate=-1 infill_rate=2 num_proc=-1 seed=-1',
+             'infill_rate=-1 infill_rate=2 num_proc=-1 num_proc=2000000 seed=-1',
     TOKEN_FILES: 'encoding_type=word data_percentage=0 data_percentage=101 val_percentage=-1 '
                  'val_percentage=100',
     REPORT: 'ckpt=old num_samples=1 max_new_tokens=0 temperature=-1 top_p=0 seed=-1 dtype=int8 eval_iters=-1',
@@ -171,6 +171,13 @@ MISTAKES += [
     (PREPARE, '--source s.parquet', 1, 's.parquet', file('s.parquet', 'PAR1')),
     (PREPARE, '--source s', 1, 's', file('s/state.json', '{')),
     (PREPARE, '--source s', 1, 's val', file('s/train.txt', 'A.'), file('s/val.txt')),
+    (PREPARE, '--source s', 1, 's val.txt test.txt --source', file('s/val.txt', 'A.'),
+     file('s/test.txt', 'B.')),
+    (PREPARE, '--source s --val_percentage 50', 2, 'val_percentage s train.txt dev.txt',
+     file('s/train.txt', 'A.'), file('s/dev.txt', 'B.')),
+    (PREPARE, '--source=', 2, 'source empty'),
+    (PREPARE, '--out_dir hf', 1, 'hf meta.json tokenizer.json --out_dir', file('hf/meta.json', '{}'),
+     file('hf/tokenizer.json', '{}')),
     (PREPARE, '--infill_rate 1', 1, 's.txt --infill_rate', file('s.txt', f'A.{END}B.{END}C.{END}')),
     (PREPARE, '--vocab_size 500', 2, 'vocab_size --encoding_type bpe'),
     (PREPARE, '--encoding_type bpe --vocab_size 70000', 2, '70000 65536'),

@@ -4,6 +4,7 @@ import csv
 import gzip
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -216,6 +217,16 @@ def test_tokenizer_is_trained_on_training_stories_only_and_can_be_reused(tmp_pat
     source, out = write(tmp_path / 'other.txt'), tmp_path / 'second'
     assert both(prepared(source, out, tokenizer=str(tmp_path / 'out'))) == sorted(STORIES)
     assert load_tokenizer(out).state() == enc.state()
+
+
+def test_bpe_takes_the_size_that_fits_if_none_is_given(tmp_path, prepared, capsys):
+    source = write(tmp_path / 's.txt')
+    prepared(source, encoding_type='bpe')
+    printed = capsys.readouterr().out
+    said = re.search(r'^vocab_size: (\d+), because 4096 does not suit this text$', printed, re.MULTILINE)
+    assert load_tokenizer(tmp_path / 'out').vocab_size == int(said[1])
+    with pytest.raises(UserError, match=f'vocab_size 4096 does not suit this text: type at most {said[1]}'):
+        prepared(source, tmp_path / 'second', encoding_type='bpe', vocab_size=4096)
 
 
 def test_infill_rate_rearranges_so_many_stories(tmp_path, prepared, capsys):

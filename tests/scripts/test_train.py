@@ -12,7 +12,7 @@ from core.checkpoint import load_checkpoint
 from data.shards import Split
 from data.tokenizer import CharTokenizer
 from model import GPT, GPTConfig
-from tests.helpers.scripts import SETTINGS, metrics, script
+from tests.helpers.scripts import SETTINGS, metrics, rank_variables, script
 
 
 @pytest.fixture
@@ -72,7 +72,8 @@ def test_suggest_less_memory_keeps_the_batches(given, batch, steps, advice):
 
 
 def test_suggest_less_memory_counts_the_sequences_of_a_rank(given, monkeypatch):
-    monkeypatch.setenv('WORLD_SIZE', '8')
+    for name, value in rank_variables(0, 8).items():
+        monkeypatch.setenv(name, value)
     given(batch_size=32, gradient_accumulation_steps=1)  # a rank has 4 of these at once
     assert '--batch_size 2 --gradient_accumulation_steps 16' in train.suggest_less_memory()
 

@@ -241,6 +241,18 @@ def test_configure_reports_a_mistake_in_the_checkpoint(script, capsys):
         "'dtype' in the checkpoint must be a str, not 16\n"
 
 
+def test_a_deleted_working_directory_is_one_line(script, capsys, tmp_path, monkeypatch):
+    (tmp_path / 'gone').mkdir()
+    monkeypatch.chdir('gone')
+    (tmp_path / 'gone').rmdir()
+    with pytest.raises(SystemExit) as exit:
+        configure(vars(script), [])
+    line = 'script.py: the working directory has been deleted: cd to a folder that exists\n'
+    assert (exit.value.code, capsys.readouterr().err) == (1, line)
+    assert configurator.script_path('train.py') == str(configurator.ROOT / 'train.py')  # deleted during a run
+    monkeypatch.chdir(tmp_path)
+
+
 ALTERNATIVES = 'max_iters', 'learning_rate', 'version'  # as max_iters and max_epochs of train.py
 
 

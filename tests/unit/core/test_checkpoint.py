@@ -26,6 +26,7 @@ from data.files import write_atomically
 from data.tokenizer import CharTokenizer
 from model import GPT, GPTConfig
 from tests.helpers.models import CASES
+from tests.helpers.scripts import rank_variables
 
 TOKENIZER = CharTokenizer.train(['abc'])
 STATE = {
@@ -352,7 +353,8 @@ def test_a_state_that_does_not_fit_is_one_line(tmp_path, change):
 
 def test_only_rank_0_saves(tmp_path, monkeypatch):
     run = make_run(tmp_path)
-    monkeypatch.setenv('RANK', '1')
+    for name, value in rank_variables(1, 2).items():
+        monkeypatch.setenv(name, value)
     run.save()
     assert os.listdir(tmp_path) == []
 

@@ -21,14 +21,15 @@ from core.distributed import (
     mean_over_ranks,
     report_lost_ranks,
 )
+from tests.helpers.scripts import rank_variables
 
 
 def test_ranks_come_from_the_environment(monkeypatch):
     for name in 'RANK', 'LOCAL_RANK', 'WORLD_SIZE':
         monkeypatch.delenv(name, raising=False)
     assert get_ranks() == Ranks(rank=0, local_rank=0, world_size=1)
-    for variable in 'RANK=5', 'LOCAL_RANK=1', 'WORLD_SIZE=8', 'MASTER_ADDR=localhost', 'MASTER_PORT=1':
-        monkeypatch.setenv(*variable.split('='))
+    for name, value in (rank_variables(5, 8) | {'LOCAL_RANK': '1'}).items():
+        monkeypatch.setenv(name, value)
     assert get_ranks() == Ranks(rank=5, local_rank=1, world_size=8)
 
 
@@ -163,8 +164,8 @@ def test_ranks_with_other_facts_are_refused(monkeypatch, theirs, message):
     ('cuda:1', {'backend': 'nccl', 'device_id': torch.device('cuda', 1)}), ('cpu', {'backend': 'gloo'})])
 def test_how_ranks_join(monkeypatch, name, options):
     joined = []
-    for variable in 'RANK=0', 'LOCAL_RANK=0', 'WORLD_SIZE=2', 'MASTER_ADDR=localhost', 'MASTER_PORT=1':
-        monkeypatch.setenv(*variable.split('='))
+    for variable, value in rank_variables(0, 2).items():
+        monkeypatch.setenv(variable, value)
     monkeypatch.setattr(dist, 'init_process_group', lambda **options: joined.append(options))
     monkeypatch.setattr(distributed, 'DistributedDataParallel', lambda model, **options: options)
     monkeypatch.setattr(distributed, 'compare_ranks', joined.append)
@@ -174,8 +175,7 @@ def test_how_ranks_join(monkeypatch, name, options):
 
 
 def test_on_several_machines_the_command_leaves_their_options_out(monkeypatch):
-    for variable in ('RANK=0', 'LOCAL_RANK=0', 'WORLD_SIZE=4', 'LOCAL_WORLD_SIZE=2', 'MASTER_ADDR=localhost',
-                     'MASTER_PORT=1'):
-        monkeypatch.setenv(*variable.split('='))
+    for name, value in (rank_variables(0, 4) | {'LOCAL_WORLD_SIZE': '2'}).items():
+        monkeypatch.setenv(name, value)
     command = "torchrun ... --nproc_per_node=2 train.py --init_from resume --out_dir 'my run'"
     assert resume_command('my run') == command

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 
 from configurator import UserError
 from core.checkpoint import load_model
-from data.tokenizer_files import read_tokenizer
 from formats.families import GPT2, LLAMA
 from formats.hf import HuggingFace
 from formats.pretrained import load_pretrained
@@ -22,7 +21,7 @@ from tests.helpers.models import (
     needs_export_packages,
     write_random_model,
 )
-from tests.helpers.tokenizers import BUILT_IN_STORIES, NASTY, any_text, gpt2_file, trained_tokenizer
+from tests.helpers.tokenizers import any_text, gpt2_file, trained_tokenizer
 
 pytestmark = needs_export_packages
 HUGE = 2**31 - 1
@@ -99,24 +98,6 @@ def test_load_reads_gpt2_as_it_is_published(tmp_path):
     shutil.copy(gpt2_file('encoder.json'), tmp_path / 'vocab.json')
     shutil.copy(gpt2_file('vocab.bpe'), tmp_path / 'merges.txt')
     check_same_logits(tmp_path, model, trained_tokenizer('gpt2'))
-
-
-def test_load_reads_the_tokenizer_json_of_llama(tmp_path):
-    """It has U+2581 for a space, and merges as text. tokenizer.json comes before vocab.json."""
-    bpe = trained_tokenizer('bpe')
-    write_random_model(HuggingFace(), bpe, tmp_path)
-    model = json.loads((tmp_path / 'tokenizer.json').read_text())['model']
-
-    def spell(text):
-        return text.replace(' ', '\u2581')
-
-    model['vocab'] = {spell(text): i for text, i in model['vocab'].items()}
-    model['merges'] = [f'{spell(left)} {spell(right)}' for left, right in model['merges']]
-    (tmp_path / 'tokenizer.json').write_text(json.dumps({'model': model}))
-    (tmp_path / 'vocab.json').write_text('{}')
-    tokenizer = read_tokenizer(tmp_path)
-    for text in BUILT_IN_STORIES[:9] + NASTY:
-        assert tokenizer.encode(text) == bpe.encode(text)
 
 
 def llama(**changes):
