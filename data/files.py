@@ -80,9 +80,9 @@ def describe_obstacle(path):
     Example: 'out is a link to /mnt/disk/out, which does not exist'
     """
     for place in path, *path.parents:
-        if place.is_symlink() and not place.exists():
+        if os.path.islink(place) and not os.path.exists(place):
             return f'{place} is a link to {os.readlink(place)}, which does not exist'
-        if place.is_file():
+        if os.path.isfile(place):
             return f'{place} is a file, not a folder'
     return ''
 
