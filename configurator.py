@@ -46,13 +46,15 @@ OTHER_NAMES = {
     'data_dir': 'dataset', 'model_dir': 'out_dir', 'offline_mode': 'offline', 'prompt': 'start'}
 
 
-def configure(settings_globals, argv=None, base=None):
+def configure(settings_globals, argv=None, base=None, alternatives=()):
     """Override a script's settings in place with the config files and flags of its command line.
 
     settings_globals: the script's `globals()`.
     argv: the words of the command line; None: those in sys.argv.
     base: a function that is given the settings {name: value} and returns those of the checkpoint to resume
         from, or {}. Checkpoint settings override the defaults, and config files and flags override both.
+    alternatives: names of settings that say the same thing in different ways, such as max_iters and
+        max_epochs: what is given last counts. The first name holds if all others are 0.
 
     A mistake ends the script as in `run` and leaves the globals unchanged.
     """
@@ -61,16 +63,26 @@ def configure(settings_globals, argv=None, base=None):
         run(functools.partial(print_help, settings_globals))
         raise SystemExit(0)
 
-    def override():
-        settings_globals.update(resolve_settings(settings(settings_globals), words, base))
+    def override_globals():
+        check_working_directory()
+        defaults = settings(settings_globals)
+        settings_globals.update(resolve_settings(defaults, words, base, alternatives))
 
-    run(override)
+    run(override_globals)
 
 
-def resolve_settings(defaults, words, base):
+def check_working_directory():
+    """Raise UserError if the working directory has been deleted: libraries end the process much later."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UserError('the working directory has been deleted: cd to a folder that exists') from None
+
+
+def resolve_settings(defaults, words, base, alternatives):
     """Return the settings {name: value} that checkpoint, config files and flags lead to; see `configure`."""
     files, flags = parse(words, defaults)
-    current = apply_files_and_flags(defaults, files, flags)
+    current = apply_files_and_flags(defaults, files, flags, alternatives)
     if base is None:
         return current
     # Files and flags say where the checkpoint is. Then the files run again, on top of its settings.
@@ -79,14 +91,31 @@ def resolve_settings(defaults, words, base):
         return current
     saved = {name: value for name, value in saved.items() if name in defaults}
     saved = convert_settings(saved, defaults, 'in the checkpoint')
-    return apply_files_and_flags(defaults | saved, files, flags)
+    return apply_files_and_flags(defaults | saved, files, flags, alternatives)
 
 
-def apply_files_and_flags(current, files, flags):
+def apply_files_and_flags(current, files, flags, alternatives):
     """Return the settings `current`, overridden by config files in the order given, then by flags."""
     for path in files:
-        current = current | read_config(path, current)
-    return current | flags
+        current = override(current, read_config(path, current), alternatives, f'in {path}')
+    return override(current, flags, alternatives, COMMAND_LINE)
+
+
+def override(current, values, alternatives, where):
+    """Return the settings `current`, overridden by `values`.
+
+    A value for one of the `alternatives` sets the others to 0, except the first, which needs a value.
+    Raises SettingError if `values` has more than one of them; where: where the values are from.
+    """
+    given = [name for name in alternatives if values.get(name)]
+    if len(given) > 1:
+        raise SettingError(f"{' and '.join(given)} are both given {where}: leave out one of them")
+    result = current | values
+    if given:
+        for name in alternatives[1:]:
+            if name != given[0]:
+                result[name] = type(current[name])(0)
+    return result
 
 
 def settings(settings_globals):
@@ -247,11 +276,13 @@ def one_of(choices, **values):
 def find_config(path):
     """Return the path of the config file meant by `path`, which may leave out .py or .json.
 
-    Raises SettingError if there is none.
+    config/x.py is also found from another folder: a file of the working directory comes first, then one of
+    this repository. Raises SettingError if there is none.
     """
-    for candidate in path, f'{path}.py', f'{path}.json':
-        if candidate.endswith(CONFIG_SUFFIXES) and os.path.exists(candidate):
-            return candidate
+    for place in path, str(ROOT / path):
+        for candidate in place, f'{place}.py', f'{place}.json':
+            if candidate.endswith(CONFIG_SUFFIXES) and os.path.isfile(candidate):
+                return candidate
     folder = os.path.dirname(path)
     configs = [os.path.join(folder, file.name) for file in Path(path).parent.glob('*')
                if file.suffix in CONFIG_SUFFIXES]
@@ -294,7 +325,11 @@ def run_python(path, source, current):
             assigned.add(node.id)
     values = {}
     for name, value in namespace.items():
-        if name in current or (name in assigned and not callable(value)):
+        if name in current:
+            is_set = name in assigned or value is not current[name]  # as by `from other_config import *`
+        else:
+            is_set = name in assigned and not callable(value)
+        if is_set:
             values[name] = value
     return values
 
@@ -336,11 +371,11 @@ class SettingError(UserError):
     status = 2
 
 
-def run(main, less_memory=''):
+def run(main, less_memory=None):
     """Call `main()`. A user's mistake, an I/O error or Ctrl-C ends in one line and an exit status.
 
     A bug keeps its traceback. TRACEBACK=1 in the environment shows the traceback of any error.
-    less_memory: advice to add if memory runs out.
+    less_memory: a function that returns advice to add if memory runs out.
     """
     set_up_streams()
     try:
@@ -375,7 +410,7 @@ def status_and_message(error, less_memory):
         reason = error.strerror or str(error)
         return 1, f'{error.filename}: {reason}' if error.filename else reason
     if out_of_memory(error):
-        return 1, f'out of memory: {less_memory}' if less_memory else 'out of memory'
+        return 1, f'out of memory: {less_memory()}' if less_memory else 'out of memory'
     return None
 
 
@@ -386,9 +421,15 @@ def is_our_module(name):
 
 
 def set_up_streams():
-    """Let stdout and stderr take any text: files and pipes get UTF-8, a terminal shows what it can."""
+    """Let stdout and stderr take any text: files and pipes get UTF-8, a terminal shows what it can.
+
+    A closed stream (python train.py >&-) becomes one that drops what is written.
+    """
+    for name in 'stdout', 'stderr':
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, 'w'))  # noqa: SIM115 (open until the process ends)
     for stream in sys.stdout, sys.stderr:
-        if not hasattr(stream, 'reconfigure'):  # closed (None), or replaced by a test
+        if not hasattr(stream, 'reconfigure'):  # replaced by a test
             continue
         if stream.isatty():
             stream.reconfigure(errors='replace')
@@ -400,12 +441,10 @@ def print_message(message):
     """Print one line on stderr, above a progress bar if there is one."""
     from tqdm import tqdm
 
-    if int(os.environ.get('LOCAL_RANK', 0)) > 0:
+    if os.environ.get('LOCAL_RANK', '0') not in ('', '0'):
         # Usually every rank fails the same way: let rank 0 print, and wait for torchrun to end this one.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(5)
-    if sys.stderr is None:  # closed
-        return
     script = os.path.basename(sys.argv[0])
     line = one_line(message)
     try:
@@ -416,8 +455,6 @@ def print_message(message):
 
 def drop_unwritable_output(stream):
     """Drop buffered output that cannot be written: Python would try again at exit, and complain."""
-    if stream is None:  # closed
-        return
     try:
         stream.flush()
     except OSError:
@@ -438,8 +475,15 @@ def one_line(text):
 
 
 def script_path(name):
-    """Return the path of one of our scripts relative to the working directory, quoted for the shell."""
-    return shlex.quote(os.path.relpath(ROOT / name))
+    """Return the path of one of our scripts, quoted for the shell and relative to the working directory.
+
+    If that has been deleted meanwhile, the path is absolute.
+    """
+    try:
+        path = os.path.relpath(ROOT / name)
+    except FileNotFoundError:
+        path = str(ROOT / name)
+    return shlex.quote(path)
 
 
 # errors of libraries ---------------------------------------------------------------

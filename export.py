@@ -12,8 +12,11 @@ import contextlib
 import math
 import os
 import shutil
+import sys
 from functools import partial
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # this repository comes before PYTHONPATH
 
 import numpy as np
 import torch
@@ -35,7 +38,8 @@ out_dir = 'out-tiny-stories'  # folder of the run
 ckpt = 'best'  # best (lowest validation loss) or last
 format = ''  # required: llama2c, llama2c-int8, hf, gguf, html or safetensors
 path = ''  # required: where to write: a file for gguf and html, else a new folder
-dtype = 'f32'  # of the matrices in gguf: f32, f16 or q8_0
+dtype = ''  # of the weights: f32, f16 or q8_0 in gguf, f32, f16 or bf16 in hf and safetensors; '': f32
+overwrite = False  # replace a model at path that is not an earlier export
 
 _GREEDY_TOKENS = 64  # length of the story whose tokens are compared
 _PROBABILITIES = 2**20  # number of probabilities that are compared: llama.cpp takes seven seconds for them
@@ -49,36 +53,40 @@ def check_settings(formats):
     """Check the settings. Raises SettingError."""
     one_of(formats, format=format)
     one_of(FILES, ckpt=ckpt)
-    one_of(('f32', 'f16', 'q8_0'), dtype=dtype)
     chosen = formats[format]
+    if dtype and dtype not in chosen.dtypes:
+        raise SettingError(f"dtype is {dtype!r}, but --format {format} writes {' or '.join(chosen.dtypes)}")
     if not path:
         kind = 'a new folder' if chosen.files else 'a file'
         raise SettingError(f'path is empty: type --path and {kind} to write')
+    check_target(chosen)
+
+
+def check_target(chosen):
+    """Raise SettingError unless `path` is new, or an export in the same format, or may be overwritten."""
+    target = Path(path)
+    if target.is_symlink() and not target.exists():
+        raise SettingError(f'path {path} is a link to {os.readlink(path)}, which does not exist: '
+                           'name another --path')
+    if not target.exists():
+        return
     if chosen.files:
         check_folder(chosen.files)
-    else:
-        check_file(chosen)
+    elif target.is_dir():
+        raise SettingError(f'path {path} is a folder, but --format {format} writes a file')
+    is_empty = target.is_dir() and not os.listdir(target)
+    if not is_empty and not overwrite and not chosen.recognizes(target):
+        raise SettingError(f'path {path} holds something that export.py --format {format} did not write: '
+                           'name another --path, or replace it (--overwrite)')
 
 
 def check_folder(files):
-    """Raise SettingError unless `path` is new, or a folder with nothing but an earlier export."""
-    if not os.path.exists(path):
-        return
+    """Raise SettingError if `path` is not a folder, or holds other files than these."""
     if not os.path.isdir(path):
         raise SettingError(f'path {path} is a file, but --format {format} writes a folder')
     others = sorted(set(os.listdir(path)) - set(files))
     if others:  # another program could take them for parts of the model
         raise SettingError(f'path {path} holds other files ({others[0]} ...): name a new folder')
-
-
-def check_file(chosen):
-    """Raise SettingError unless `path` is new, or an earlier export in the same format."""
-    if not os.path.exists(path):
-        return
-    if os.path.isdir(path):
-        raise SettingError(f'path {path} is a folder, but --format {format} writes a file')
-    if not chosen.recognizes(path):
-        raise SettingError(f'path {path} is a file that --format {format} did not write: name a new one')
 
 
 def check_model(formats, config, tokenizer):
@@ -101,21 +109,28 @@ def staging(target):
     stage = target.with_name(f'.{target.name}.unfinished')
     if stage.is_symlink():
         raise UserError(f'{stage} is a link to another folder: remove it')
-    stage.mkdir(parents=True, exist_ok=True)
-    with lock_folder(stage, f'it, too, exports to {target}'):
-        try:
-            for left in stage.glob('[!.]*'):  # by a process that was killed
-                remove(left)
-            yield stage / 'export'
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
+    with report_write_errors(target, '--path'):
+        stage.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(stage, f'it, too, exports to {target}')
+    try:
+        with lock:
+            remove_all_but_the_lock(stage)  # a process that was killed may have left something
+            try:
+                yield stage / 'export'
+            finally:
+                remove_all_but_the_lock(stage)
+    finally:
+        with contextlib.suppress(OSError):  # another export to the same place may have begun
+            (stage / '.lock').unlink(missing_ok=True)  # only now, as Windows removes no open file
+            stage.rmdir()
 
 
-def remove(file_or_folder):
-    if file_or_folder.is_dir():
-        shutil.rmtree(file_or_folder)
-    else:
-        file_or_folder.unlink()
+def remove_all_but_the_lock(folder):
+    for path in folder.glob('[!.]*'):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def write_export(chosen, staged, checkpoint, tokenizer):
@@ -161,6 +176,22 @@ def put_in_place(staged, target):
 
 
 # comparing --------------------------------------------------------------------
+
+def check_export(chosen, staged, model, tokenizer):
+    """Read an export back and compare it with our model. Raises UserError if it differs.
+
+    If the program that reads it is not installed, print that instead.
+    """
+    try:
+        chosen.read(staged)
+    except ModuleNotFoundError as error:
+        print(f'not checked: reading back by {chosen.reader} needs pip install {error.name}')
+        return
+    try:
+        compare(model, tokenizer, chosen)
+    finally:
+        chosen.close()
+
 
 @torch.inference_mode()
 def compare(model, tokenizer, program):
@@ -248,34 +279,30 @@ def main():
         'llama2c': Llama2c(),
         'llama2c-int8': Llama2c(int8=True),
         'hf': HuggingFace(),
-        'gguf': GGUF(dtype),
+        'gguf': GGUF(),
         'html': HTML(),
         'safetensors': Safetensors(),
     }
     check_settings(formats)
     chosen = formats[format]
+    if dtype:
+        chosen.dtype = dtype
 
     # load the model
     checkpoint, tokenizer = load_with_tokenizer(Path(out_dir, FILES[ckpt]))
     model = load_model(checkpoint)
     check_model(formats, model.config, tokenizer)
 
-    target = Path(path)
+    target = Path(path).resolve()  # through a link to the place itself
     with staging(target) as staged:
-        # write it to a temporary place
         with report_write_errors(target, '--path'):
             write_export(chosen, staged, checkpoint, tokenizer)
 
-        # read it back and compare
-        try:
-            chosen.read(staged)
-        except ModuleNotFoundError as error:
-            print(f'not checked: reading back by {chosen.reader} needs pip install {error.name}')
-        else:
-            compare(model, tokenizer, chosen)
-
-        put_in_place(staged, target)
-    print(f'wrote {target}')
+        check_export(chosen, staged, model, tokenizer)
+        check_target(chosen)  # once more: it may have changed since
+        with report_write_errors(target, '--path'):
+            put_in_place(staged, target)
+    print(f'wrote {path}')
 
 
 if __name__ == '__main__':

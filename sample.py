@@ -10,14 +10,17 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # this repository comes before PYTHONPATH
+
 import torch
 from tqdm import tqdm
 
 from configurator import SettingError, UserError, configure, in_range, one_of, printable, run, user_errors
 from core.checkpoint import FILES, load_model
-from core.device import DTYPES, choose_device, choose_dtype, configure_memory
+from core.device import DTYPES, choose_device, choose_dtype
 from core.generate import generate_stories, generate_until
 from core.kernels import use_fast_cpu_kernels
+from core.memory import configure_memory
 from core.quantize import to_int8
 from data import infill
 from formats.pretrained import load_with_tokenizer
@@ -41,6 +44,7 @@ dtype = 'float32'  # float32, bfloat16, float16, auto, or int8 (the fastest on a
 compile = False  # compile the step from token to token: takes half a minute, pays for many stories on a GPU
 
 _MAX_START_BYTES = 10_000_000
+_DEFAULT_OUT_DIR = out_dir
 
 
 def check_settings():
@@ -56,6 +60,10 @@ def check_settings():
         raise SettingError(f'temperature is {temperature}; it must be 0, or at least 1e-30')
     if min_new_tokens > max_new_tokens:
         raise SettingError(f'min_new_tokens is {min_new_tokens}, more than max_new_tokens, {max_new_tokens}')
+    if init_from and out_dir != _DEFAULT_OUT_DIR:
+        raise SettingError('init_from and out_dir both name a model: leave out one of them')
+    if init_from and ckpt != 'best':
+        raise SettingError('ckpt is for --out_dir: name the checkpoint itself, as --init_from out-x/ckpt.pt')
     if one_per_line and not start.startswith('FILE:'):
         raise SettingError('one_per_line is for the lines of a file: type --start FILE:path')
     if bool(first_sentence.strip()) != bool(last_sentence.strip()):
@@ -232,6 +240,10 @@ def main():
         print(f'{n_cut} of {len(requests)} stories were cut at {limited_by}', file=sys.stderr)
 
 
+def suggest_less_memory():
+    return 'write fewer stories at once (--num_samples), or with --dtype bfloat16'
+
+
 if __name__ == '__main__':
     configure(globals())
-    run(main, 'write fewer stories at once (--num_samples), or with --dtype bfloat16')
+    run(main, suggest_less_memory)

@@ -8,13 +8,14 @@
 
 import gc
 import math
-import os
 import shlex
 import sys
 import time
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # this repository comes before PYTHONPATH
 
 import numpy as np
 import torch
@@ -26,7 +27,6 @@ from core.device import (
     choose_device,
     choose_dtype,
     choose_threads,
-    configure_memory,
     to_device,
     try_compile,
 )
@@ -34,13 +34,14 @@ from core.distributed import (
     StopSignals,
     get_ranks,
     join_ranks,
+    leave_ranks,
     mean_over_ranks,
     report_lost_ranks,
-    wait_for_ranks,
 )
-from core.evaluate import Evaluator, count_loss, evaluate, find_infill_rows
+from core.evaluate import Evaluator, count_loss, describe_measure, evaluate, find_infill_rows
 from core.generate import first_story_words, sample_story
 from core.kernels import use_fast_cpu_kernels
+from core.memory import configure_memory
 from core.optim import clip_and_step, make_optimizers, set_learning_rate
 from core.progress import check_tracker, make_progress
 from data.shards import Batches, Split, fingerprint, prepared_folder
@@ -72,7 +73,7 @@ rope_theta = 10000.0  # base of the rotary frequencies
 norm_eps = 1e-5  # added to the variance in norms
 # optimization
 max_iters = 5000  # number of steps
-max_epochs = 0.0  # passes over the training data, instead of max_iters; 0: use max_iters
+max_epochs = 0.0  # passes over the training data, instead of max_iters (what is given last counts)
 batch_size = 32  # largest micro-batch, in sequences
 gradient_accumulation_steps = 1  # a step has batch_size times as many sequences, shared by all ranks
 optimizer = 'muon'  # muon (for the matrices of the blocks, with AdamW for the rest) or adamw
@@ -125,8 +126,8 @@ def check_settings():
     one_of(('muon', 'adamw'), optimizer=optimizer)
     one_of(('auto', 'True', 'False'), compile=compile)
     check_tracker(track)
-    if 'WORLD_SIZE' in os.environ and 'RANK' not in os.environ:  # every process would believe to be rank 0
-        raise UserError('WORLD_SIZE is set but RANK is not: unset it, or start the processes with torchrun')
+    if init_from == 'resume' and overwrite:
+        raise SettingError('init_from resume continues the run, and overwrite replaces it: leave out one')
 
 
 def make_config(vocab_size):
@@ -176,6 +177,52 @@ def resume(this_run, max_steps):
     checkpoint = load_checkpoint(this_run.folder.path / 'ckpt.pt', TO_RESUME)
     check_resumable(checkpoint, this_run.model.config, this_run.meta, max_steps)
     this_run.restore(checkpoint)
+    if get_ranks().rank == 0:
+        print_resumption(this_run, checkpoint['settings'])
+
+
+def print_resumption(this_run, saved):
+    """Print what a user must know of the run that is resumed. saved: the settings in its checkpoint."""
+    saved = settings(globals()) | saved  # an old checkpoint has fewer
+    step = this_run.step
+    later = this_run.folder.later_checkpoints(step)
+    if this_run.best_step > step:
+        later.insert(0, f'best.pt (step {this_run.best_step}, validation loss {this_run.best_val_loss:.4f})')
+    if later:
+        print(f"later than ckpt.pt, which is of step {step}: {', '.join(later)}; best.pt stays until there "
+              'is a lower loss, the others until the run comes to their steps')
+    if this_run.folder.last_recorded_step() > step:
+        print(f'metrics.jsonl and samples.jsonl go on at step {step}: their later lines are removed')
+    before = describe_data_order(saved)
+    now = describe_data_order(settings(globals()))
+    if before != now:
+        print(f'the run had {before}, and now has {now}: from here on the data comes in another order, so '
+              'some of this epoch is skipped and some is seen twice')
+
+
+def describe_data_order(values):
+    """Return in words what the order of the data depends on. values: settings of this script."""
+    global_batch_size = values['batch_size'] * values['gradient_accumulation_steps']
+    return f"{global_batch_size} sequences per step and seed {values['seed']}"
+
+
+def measure_best_again(this_run, evaluator, val_split):
+    """Measure the validation loss of best.pt on what losses are measured on now."""
+    weights = {name: weight.clone() for name, weight in this_run.model.state_dict().items()}
+    best = load_checkpoint(this_run.folder.path / 'best.pt')
+    this_run.model.load_state_dict(best['model'])
+    this_run.model.eval()
+    metrics = evaluate(evaluator, val_split, max_batches=eval_iters)
+    this_run.model.train()
+    this_run.model.load_state_dict(weights)
+    if metrics is None:  # asked to stop: the next resumed run will measure
+        return
+    if get_ranks().rank == 0:
+        before = this_run.best_measured_on or 'what is not known'
+        print(f"best.pt (step {this_run.best_step}) has a validation loss of {metrics['val_loss']:.4f} on "
+              f'{this_run.measured_on}; the {this_run.best_val_loss:.4f} so far was on {before}')
+    this_run.best_val_loss = metrics['val_loss']
+    this_run.best_measured_on = this_run.measured_on
 
 
 def load_weights(model, tokenizer):
@@ -195,6 +242,18 @@ def load_weights(model, tokenizer):
 
 
 # training ---------------------------------------------------------------------
+
+def facts_to_compare(this_run, ptdtype):
+    """Return {name: value} of what must be the same on all ranks; paths may differ between machines."""
+    may_differ = 'dataset', 'out_dir', 'init_from', 'device', 'overwrite', 'verify_data', 'track'
+    facts = {name: value for name, value in this_run.settings.items() if name not in may_differ}
+    return facts | {
+        'data with fingerprint': fingerprint(this_run.meta)[:12],
+        'step': this_run.step,
+        'best_val_loss': this_run.best_val_loss,
+        'dtype': str(ptdtype),
+    }
+
 
 def lr_factor(step, max_steps):
     """Return the fraction of the peak learning rate at `step`: linear warmup, then linear decay to 0."""
@@ -275,19 +334,23 @@ def main():
     model = GPT(make_config(tokenizer.vocab_size)).to(torch_device)
     optimizers = make_optimizers(model, optimizer, learning_rate, weight_decay, (beta1, beta2))
     scaler = torch.amp.GradScaler(torch_device.type, enabled=ptdtype == torch.float16)
-    this_run = Run(run_folder, model, optimizers, scaler, tokenizer, train_split.meta, settings(globals()))
+    this_run = Run(run_folder, model, optimizers, scaler, tokenizer, train_split.meta, settings(globals()),
+                   describe_measure(val_split, block_size, batch_size, eval_iters, ptdtype))
     if run_folder.resume:
         resume(this_run, max_steps)
     elif init_from != 'scratch':
         load_weights(model, tokenizer)
 
     # wrap the model in DDP, then compile it or, on a CPU, use faster kernels
-    ddp_model = join_ranks(model, torch_device)
+    ddp_model = join_ranks(model, torch_device, facts_to_compare(this_run, ptdtype))
     train_model, score = speed_up(ddp_model, this_run, batches, torch_device, context)
 
     # evaluation
     stop = StopSignals()
     evaluator = Evaluator(score, block_size, batch_size, torch_device, ranks, stop.requested)
+    if this_run.best_measured_on != this_run.measured_on:  # the run to resume had other settings
+        with context:
+            measure_best_again(this_run, evaluator, val_split)
     infill_rows = find_infill_rows(val_split, block_size)
     prompt = first_story_words(val_split, tokenizer, block_size // 2)  # of the sampled stories
 
@@ -370,12 +433,17 @@ def main():
         print(f'done at step {this_run.step}/{max_steps}: best validation loss {this_run.best_val_loss:.4f} '
               f'at step {this_run.best_step}; write stories with: '
               f"python {script_path('sample.py')} --out_dir {shlex.quote(out_dir)}")
-    wait_for_ranks()
+    leave_ranks()
     if stopping:
         raise SystemExit(stop.exit_status())
 
 
+def main_of_a_rank():
+    """Run main(); if another rank is lost, one line says so."""
+    with report_lost_ranks(partial(resume_command, out_dir)):
+        main()
+
+
 if __name__ == '__main__':
-    configure(globals(), base=checkpoint_settings)
-    with report_lost_ranks(resume_command(out_dir)):
-        run(main, suggest_less_memory())
+    configure(globals(), base=checkpoint_settings, alternatives=('max_iters', 'max_epochs'))
+    run(main_of_a_rank, suggest_less_memory)

@@ -6,16 +6,19 @@ A checkpoint is a dict with
     'tokenizer'      the tokenizer's state, a dict
     'settings'       all settings of train.py
     'iter'           steps done
-    'best_val_loss'  lowest validation loss so far, and 'best_iter', the step of that
+    'best_val_loss'  lowest validation loss so far, 'best_iter', the step of that, and 'measured_on', in words
+                     what it was measured on
     'optimizers'     a list of state_dicts
     'scaler'         state_dict of the gradient scaler; empty if not in float16
     'fingerprint'    of the data, and its 'infill_rate'
 It holds tensors and plain values only, so reading a foreign one runs no code.
 """
 
+import copy
 import json
 import math
 import os
+import re
 import reprlib
 import shlex
 import shutil
@@ -28,7 +31,13 @@ import torch
 
 from configurator import SettingError, UserError, script_path, user_errors
 from core.distributed import get_ranks
-from data.files import lock_folder, report_write_errors, write_atomically, write_bytes_atomically
+from data.files import (
+    lock_folder,
+    refuse_stand_in,
+    report_write_errors,
+    write_atomically,
+    write_bytes_atomically,
+)
 from data.shards import fingerprint
 from data.tokenizer import FILE_NAMES as TOKENIZER_FILES
 from model import GPT, GPTConfig
@@ -37,8 +46,8 @@ FILES = {'last': 'ckpt.pt', 'best': 'best.pt'}
 NUMBER = float | int
 TYPES = {
     'model': dict, 'config': dict, 'tokenizer': dict | None, 'settings': dict, 'iter': int,
-    'best_val_loss': NUMBER, 'best_iter': int, 'optimizers': list, 'scaler': dict, 'fingerprint': str,
-    'infill_rate': NUMBER,
+    'best_val_loss': NUMBER, 'best_iter': int, 'measured_on': str, 'optimizers': list, 'scaler': dict,
+    'fingerprint': str, 'infill_rate': NUMBER,
 }
 REQUIRED = 'model', 'config', 'tokenizer', 'settings', 'iter'
 TO_RESUME = *REQUIRED, 'best_val_loss', 'optimizers', 'scaler', 'fingerprint'
@@ -55,6 +64,7 @@ def load_checkpoint(path, required=REQUIRED):
     path = Path(path)
     if not path.is_file():
         raise UserError(f'no checkpoint {path}: train first, or name the folder of a run with --out_dir')
+    refuse_stand_in(path)
     reason = damage(path)
     if reason:
         raise UserError(f'{path} is damaged or not a checkpoint ({reason}){suggest_other_checkpoint(path)}')
@@ -281,18 +291,38 @@ class RunFolder:
     def cut_records(self, step):
         """Remove the lines of metrics.jsonl and samples.jsonl from `step` on: they will be written again."""
         for name in 'metrics.jsonl', 'samples.jsonl':
-            if (self.path / name).exists():
-                kept = [record for record in self.records(name) if record['iter'] < step]
-                lines = ''.join(json.dumps(record) + '\n' for record in kept)
-                write_bytes_atomically(self.path / name, lines.encode())
+            path = self.path / name
+            if path.exists():
+                write_atomically(path, partial(copy_records_before, step, path))
+
+    def last_recorded_step(self):
+        """Return the step of the last line of metrics.jsonl, -1 if there is none."""
+        path = self.path / 'metrics.jsonl'
+        if not path.exists():
+            return -1
+        with open(path, 'rb') as file:
+            file.seek(max(0, path.stat().st_size - 65_536))  # the file may be long
+            records = [parse_record(line) for line in file]
+        return max((record['iter'] for record in records if record is not None), default=-1)
+
+    def later_checkpoints(self, step):
+        """Return the names of the kept checkpoints ckpt_STEP.pt with STEP > `step`, in their order."""
+        steps = []
+        for path in self.path.glob('ckpt_*.pt'):
+            number = re.fullmatch(r'ckpt_(\d+)\.pt', path.name)
+            if number and int(number[1]) > step:
+                steps.append(int(number[1]))
+        return [f'ckpt_{later}.pt' for later in sorted(steps)]
 
     def records(self, name='metrics.jsonl'):
-        """Return the lines of a file as a list of dicts, skipping malformed lines (a killed run's last)."""
+        """Yield the lines of a file as dicts, skipping malformed lines (a killed run's last)."""
         path = self.path / name
-        if not path.exists():
-            return []
-        records = [parse_record(line) for line in path.read_text(errors='replace').splitlines()]
-        return [record for record in records if record is not None]
+        if path.exists():
+            with open(path, 'rb') as file:
+                for line in file:
+                    record = parse_record(line)
+                    if record is not None:
+                        yield record
 
     def record(self, name='metrics.jsonl', **values):
         """Append a line to a file."""
@@ -315,6 +345,15 @@ class RunFolder:
         for name in names[1:]:
             with open(first, 'rb') as source:
                 write_atomically(self.path / name, partial(shutil.copyfileobj, source))
+
+
+def copy_records_before(step, path, file):
+    """Copy the well-formed lines of earlier steps than `step` from a .jsonl file to an open file."""
+    with open(path, 'rb') as source:
+        for line in source:
+            record = parse_record(line)
+            if record is not None and record['iter'] < step:
+                file.write(line.rstrip() + b'\n')  # the last line of a killed run may lack its end
 
 
 def parse_record(line):
@@ -346,8 +385,11 @@ def is_finite(value):
 class Run:
     """The state of a training run: what is saved, and what is restored when it is resumed."""
 
-    def __init__(self, folder, model, optimizers, scaler, tokenizer, meta, settings):
-        """folder: a RunFolder. meta: meta.json of the data. settings: all settings of train.py."""
+    def __init__(self, folder, model, optimizers, scaler, tokenizer, meta, settings, measured_on):
+        """folder: a RunFolder. meta: meta.json of the data. settings: all settings of train.py.
+
+        measured_on: what this process measures validation losses on, see `describe_measure`.
+        """
         self.folder = folder
         self.model = model
         self.optimizers = optimizers
@@ -355,9 +397,11 @@ class Run:
         self.tokenizer = tokenizer
         self.meta = meta
         self.settings = settings
+        self.measured_on = measured_on
         self.step = 0
         self.best_val_loss = math.inf
         self.best_step = 0
+        self.best_measured_on = measured_on
 
     def restore(self, checkpoint):
         """Continue from a checkpoint of the same model. Raises UserError if the states do not fit."""
@@ -369,8 +413,25 @@ class Run:
             for optimizer, state in zip(self.optimizers, checkpoint['optimizers'], strict=True):
                 load_optimizer_state(optimizer, state)
         self.step = checkpoint['iter']
-        self.best_val_loss = checkpoint['best_val_loss']
-        self.best_step = checkpoint.get('best_iter', checkpoint['iter'])
+        self.restore_best(checkpoint)
+
+    def restore_best(self, checkpoint):
+        """Take the best loss from a checkpoint to resume from, or from best.pt if that is of a later step.
+
+        best.pt is later if the run was killed between the two files, or if the user has gone back to an
+        earlier checkpoint. If it is gone, the next evaluation makes a new one.
+        Raises UserError if it is of another run.
+        """
+        path = self.folder.path / FILES['best']
+        if not path.exists():
+            return
+        best = load_checkpoint(path)
+        if best['config'] != checkpoint['config'] or best.get('fingerprint') != checkpoint['fingerprint']:
+            raise UserError(f'{path} is of another run than {FILES["last"]}: move it to another folder')
+        newest = best if best['iter'] > checkpoint['iter'] and 'best_val_loss' in best else checkpoint
+        self.best_val_loss = newest['best_val_loss']
+        self.best_step = newest.get('best_iter', newest['iter'])
+        self.best_measured_on = newest.get('measured_on', '')
 
     def checkpoint(self):
         """Return the checkpoint of this moment. Raises DivergedError if a weight is not finite."""
@@ -384,6 +445,7 @@ class Run:
             'iter': self.step,
             'best_val_loss': self.best_val_loss,
             'best_iter': self.best_step,
+            'measured_on': self.best_measured_on,
             'optimizers': [optimizer.state_dict() for optimizer in self.optimizers],
             'scaler': self.scaler.state_dict(),
             'fingerprint': fingerprint(self.meta),
@@ -410,6 +472,7 @@ class Run:
             return False
         self.best_val_loss = val_loss
         self.best_step = self.step
+        self.best_measured_on = self.measured_on
         return True
 
     def out_of_patience(self, patience, eval_every):
@@ -430,6 +493,8 @@ def load_optimizer_state(optimizer, saved):
     if not isinstance(saved, dict):
         raise ValueError(f'the state of an optimizer is {reprlib.repr(saved)}')
     groups = optimizer.state_dict()['param_groups']
+    # The saved tensors are a map of ckpt.pt, and Windows does not replace a file that is mapped: copy them.
+    saved = copy.deepcopy(saved)
     optimizer.load_state_dict(saved | {'param_groups': groups})
     for p, state in optimizer.state.items():
         if not isinstance(state, dict):

@@ -1,7 +1,6 @@
-"""Where to compute and how precisely: the 'auto' settings, the hardware's peak, CPU memory and threads."""
+"""Where to compute and how precisely: the 'auto' settings, the hardware's peak, CPU threads."""
 
 import contextlib
-import ctypes
 import math
 import os
 import platform
@@ -16,6 +15,7 @@ import torch
 from configurator import SettingError, one_of, out_of_memory
 from core.distributed import get_ranks
 
+PROC_STAT = Path('/proc/stat')  # how busy each core has been; only Linux has it
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 # Dense tensor-core peaks in FLOP/s at 16 bits, from the makers' data sheets. Names are compared whole: an L40
@@ -162,71 +162,15 @@ def try_compile(train_model, score, x, y, context):
         train_model.zero_grad(set_to_none=True)
 
 
-# memory -----------------------------------------------------------------------
-
-# the memory limits of a container
-CGROUP_LIMITS = '/sys/fs/cgroup/memory.max', '/sys/fs/cgroup/memory/memory.limit_in_bytes'
-
-
-def configure_memory(device):
-    """Set up the memory of a process that computes on `device`. Only Linux needs it."""
-    if sys.platform == 'linux':
-        keep_freed_memory()
-        if device.type == 'cpu':  # CUDA maps much memory that it does not use
-            limit_memory()
-
-
-def keep_freed_memory():
-    """Let glibc keep the memory of freed tensors: given back at once, every step pays for page faults."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, 'mallopt'):
-        M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-        libc.mallopt(M_MMAP_MAX, 0)  # no block is mapped on its own
-        libc.mallopt(M_TRIM_THRESHOLD, -1)  # never shrink the heap
-
-
-def limit_memory():
-    """Cap our memory at what is free, so that we get a MemoryError instead of the OOM killer."""
-    import resource
-
-    with contextlib.suppress(OSError, TypeError, ValueError):  # /proc and limits of another kind
-        free = free_memory()
-        if free is None:
-            return
-        data_pages = int(Path('/proc/self/statm').read_text().split()[5])
-        limit = data_pages * resource.getpagesize() + free
-        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        if hard != resource.RLIM_INFINITY:
-            limit = min(limit, hard)
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
-
-
-def free_memory():
-    """Return an upper bound of the free bytes: what the machine has free, or the limit of our container.
-
-    Return None if neither is known.
-    """
-    kilobytes = re.findall(r'(?:MemAvailable|SwapFree):\s+(\d+)', Path('/proc/meminfo').read_text())
-    if not kilobytes:
-        return None
-    free = 1024 * sum(int(number) for number in kilobytes)
-    for path in CGROUP_LIMITS:
-        if Path(path).exists():
-            text = Path(path).read_text().strip()
-            if text != 'max':
-                free = min(free, int(text))
-    return free
-
-
 # threads ----------------------------------------------------------------------
 
 def choose_threads():
     """Set the number of torch's CPU threads to the cores that other processes leave idle.
 
     A step waits for its slowest thread, and one that shares its core slows down all others. Called once, at
-    the start. With OMP_NUM_THREADS set, or on other systems than Linux, the number stays as it is.
+    the start. With OMP_NUM_THREADS set, or without Linux's /proc, the number stays as it is.
     """
-    if sys.platform != 'linux' or 'OMP_NUM_THREADS' in os.environ:
+    if not PROC_STAT.exists() or 'OMP_NUM_THREADS' in os.environ:
         return
     cores = torch.get_num_threads()
     torch.set_num_threads(max(1, cores - count_busy_cores()))
@@ -245,7 +189,7 @@ def cpu_seconds():
     """Return the seconds for which the cores of this process have been busy since the machine started."""
     our_cores = os.sched_getaffinity(0)
     ticks = 0
-    for core, numbers in re.findall(r'^cpu(\d+) (.*)', Path('/proc/stat').read_text(), re.M):
+    for core, numbers in re.findall(r'^cpu(\d+) (.*)', PROC_STAT.read_text(), re.M):
         if int(core) in our_cores:
             user, nice, system, _idle, _iowait, irq, softirq, steal, *_ = map(int, numbers.split())
             ticks += user + nice + system + irq + softirq + steal

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import sys
 import time
@@ -12,7 +13,9 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from configurator import out_of_memory
+from configurator import UserError, out_of_memory
+
+START_ADVICE = 'unset them, or start the processes with torchrun'
 
 
 class Ranks(NamedTuple):
@@ -23,27 +26,70 @@ class Ranks(NamedTuple):
 
 
 def get_ranks():
-    """Return the Ranks that torchrun has put into the environment; without torchrun there is one process."""
+    """Return the Ranks that torchrun has put into the environment; without torchrun there is one process.
+
+    Raises UserError if these variables contradict each other.
+    """
     names = 'RANK', 'LOCAL_RANK', 'WORLD_SIZE'
-    return Ranks(*(int(os.environ.get(name, default)) for name, default in zip(names, Ranks(), strict=True)))
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    if not given:
+        return Ranks()
+    if len(given) < len(names) or not all(re.fullmatch(r'\d{1,9}', text) for text in given.values()):
+        raise UserError(f'the environment has {describe(given)}, where all of RANK, LOCAL_RANK and '
+                        f'WORLD_SIZE must be numbers: {START_ADVICE}')
+    ranks = Ranks(*(int(given[name]) for name in names))
+    if not ranks.local_rank <= ranks.rank < ranks.world_size:
+        raise UserError(f'the environment has {describe(given)}, which cannot be: {START_ADVICE}')
+    missing = [name for name in ('MASTER_ADDR', 'MASTER_PORT') if not os.environ.get(name)]
+    if ranks.world_size > 1 and missing:
+        raise UserError(f"the environment has no {' and no '.join(missing)}, by which ranks find each other: "
+                        + START_ADVICE)
+    return ranks
 
 
-def join_ranks(model, device):
-    """Connect to the other ranks and return `model` wrapped in DDP; with one rank, return it as it is."""
+def describe(variables):
+    """Return environment variables {name: value} in words, such as 'RANK=0, LOCAL_RANK=0'."""
+    return ', '.join(f'{name}={value!a}' for name, value in variables.items())
+
+
+def join_ranks(model, device, facts):
+    """Connect to the other ranks and return `model` wrapped in DDP; with one rank, return it as it is.
+
+    facts: {name: value} of what must be the same on all ranks. Raises UserError if they differ.
+    """
     if get_ranks().world_size == 1:
         return model
     if device.type == 'cuda':
         dist.init_process_group(backend='nccl', device_id=device)
     else:
         dist.init_process_group(backend='gloo')
+    compare_ranks(facts)
     with warnings.catch_warnings(action='ignore', category=FutureWarning):  # torch 2.13 renamed an argument
         return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
-def wait_for_ranks():
-    """Wait for the other ranks: once one has ended, torchrun ends the rest, even in the middle of a save."""
+def compare_ranks(facts):
+    """Exchange `facts` with the other ranks. Raises UserError, on all ranks, if they are not the same.
+
+    Ranks with other data or settings would train on a mixture, and with other steps wait for each other.
+    """
+    facts_of_ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(facts_of_ranks, facts)
+    for rank, theirs in enumerate(facts_of_ranks):
+        for name, value in facts_of_ranks[0].items():
+            if theirs.get(name) != value:
+                raise UserError(f'rank {rank} has {name} {theirs.get(name)}, but rank 0 has {value}: start '
+                                'all ranks with the same command, data and checkpoint')
+
+
+def leave_ranks():
+    """Wait for the other ranks and disconnect: once one ends, torchrun ends the rest, even while it saves.
+
+    A rank that fails must not call this: NCCL would wait for what the other ranks still exchange.
+    """
     if dist.is_initialized():
         dist.barrier()
+        dist.destroy_process_group()
 
 
 def mean_over_ranks(*values):
@@ -96,7 +142,7 @@ class StopSignals:
 def report_lost_ranks(resume_command):
     """Print one line instead of a traceback if an exchange with the other ranks fails.
 
-    The process group is destroyed in any case. resume_command: what to type to resume the run.
+    resume_command: a function that returns what to type to resume the run.
     """
     try:
         yield
@@ -109,8 +155,5 @@ def report_lost_ranks(resume_command):
         if rank < 2:  # rank 0, and one more as rank 0 itself may be the one that ended
             reason = str(error).splitlines()[0]
             print(f'train.py: rank {rank} cannot reach the other ranks, one of them may have ended: '
-                  f'{reason}; what was saved is whole, resume with: {resume_command}', file=sys.stderr)
+                  f'{reason}; what was saved is whole, resume with: {resume_command()}', file=sys.stderr)
         raise SystemExit(1) from None
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()

@@ -112,6 +112,17 @@ def evaluate(evaluator, val_split, train_split=None, infill_rows=((), ()), max_b
     return metrics
 
 
+def describe_measure(split, block_size, batch_size, max_batches, dtype):
+    """Return in words what a validation loss is measured on: losses of the same words can be compared.
+
+    Example: '48 of 120 windows in bfloat16'
+    """
+    n_windows = len(range(0, split.n_tokens - 1, block_size))
+    n_used = min(n_windows, max_batches * batch_size) if max_batches > 0 else n_windows
+    dtype_name = str(dtype).removeprefix('torch.')
+    return f'{n_used:,} of {n_windows:,} windows in {dtype_name}'
+
+
 def n_evaluated(evaluator, rows, max_batches):
     """Return how many of the rows are evaluated."""
     if max_batches == 0:

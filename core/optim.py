@@ -82,7 +82,9 @@ def orthogonalize_on_all_ranks(stack):
     padded = F.pad(stack, (0, 0, 0, 0, 0, missing))
     ours = orthogonalize(padded[rank * share:(rank + 1) * share]).contiguous()
     everything = ours.new_empty(padded.shape)
-    dist.all_gather_into_tensor(everything.view(torch.uint8), ours.view(torch.uint8))  # gloo has no bfloat16
+    # torch 2.13 has a new name for it; as bytes, because gloo has no bfloat16
+    all_gather = getattr(dist, 'all_gather_single', dist.all_gather_into_tensor)
+    all_gather(everything.view(torch.uint8), ours.view(torch.uint8))
     return everything[:len(stack)]
 
 

@@ -6,8 +6,10 @@ import json
 import math
 import os
 import re
+import secrets
 import sys
 import time
+from array import array
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +64,11 @@ class Progress:
         self.tokens_per_step = tokens_per_step
         self.peak_tokens_per_s = peak_tokens_per_s
         self.log_interval = settings['log_interval']
-        self.seconds_before = max((record.get('seconds', 0) for record in folder.records()), default=0)
+        self.curves = Curves()
+        self.seconds_before = 0.0  # of training, before this process
+        for record in folder.records():
+            self.curves.add(record)
+            self.seconds_before = max(self.seconds_before, record.get('seconds', 0))
         self.seconds = 0.0  # of training, in this process
         self.skipped_steps = 0
         self.logged_step = start_step  # where the last log line ended, and when
@@ -75,13 +81,13 @@ class Progress:
         self.tracker = start_tracker(settings['track'], facts)
 
     def choose_name(self):
-        """Return the name by which a tracker knows the run; a resumed run keeps its name."""
+        """Return the name by which a tracker knows the run: a new one, or that of the run to resume."""
         if self.folder.resume:
             facts = read_run_facts(self.folder.path)
             if facts:
                 return facts['name']
         name = re.sub(r'[^\w.-]', '-', self.folder.path.resolve().name)
-        return f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        return f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
 
     def log_step(self, step, seconds, **figures):
         """Show a finished step, and record its figures (loss, lr, grad_norm) if a log line is due.
@@ -140,11 +146,12 @@ class Progress:
         figures = {name: value for name, value in figures.items() if math.isfinite(value)}
         figures['seconds'] = round(self.seconds_before + self.seconds, 2)
         self.folder.record(iter=step, **figures)
+        self.curves.add({'iter': step} | figures)
         if self.tracker:
             self.tracker.log(figures, step=step)
 
     def draw(self):
-        """Draw metrics.jsonl as loss.png, if matplotlib is there."""
+        """Draw the curves as loss.png, if matplotlib is there."""
         try:
             from matplotlib.figure import Figure  # takes half a second to import
         except Exception as error:  # not installed, or an incompatible version
@@ -153,7 +160,7 @@ class Progress:
             self.warned = True
             return
         figure = Figure(figsize=(8, 7), layout='constrained')
-        plot_metrics(figure, self.folder.records(), self.tokens_per_step)
+        plot_metrics(figure, self.curves, self.tokens_per_step)
         figure.savefig(self.folder.path / 'loss.png')
 
     def close(self):
@@ -189,14 +196,41 @@ def read_run_facts(folder):
 
 # loss.png ---------------------------------------------------------------------
 
-def plot_metrics(figure, records, tokens_per_step):
-    """Draw losses, learning rate and accuracy of metrics.jsonl into a matplotlib figure."""
+class Curves:
+    """The metrics that loss.png shows, each as the steps and the values of its points."""
+
+    def __init__(self):
+        self.points = {key: (array('d'), array('d')) for key in ('loss', 'lr', 'val_loss', 'val_acc')}
+
+    def add(self, record):
+        """Add the figures of a line of metrics.jsonl, a dict."""
+        for key, (steps, values) in self.points.items():
+            if key in record:
+                steps.append(record['iter'])
+                values.append(record[key])
+
+    def thinned(self, key, most=2000):
+        """Return the steps and the values of a metric, two arrays of at most `most` points.
+
+        If there are more, each is the mean of several neighbours.
+        """
+        steps, values = np.array(self.points[key])
+        group = math.ceil(len(steps) / most)
+        if group <= 1:
+            return steps, values
+        starts = np.arange(0, len(steps), group)
+        counts = np.diff(starts, append=len(steps))
+        return np.add.reduceat(steps, starts) / counts, np.add.reduceat(values, starts) / counts
+
+
+def plot_metrics(figure, curves, tokens_per_step):
+    """Draw losses, learning rate and accuracy, a Curves, into a matplotlib figure."""
     losses, rates = figure.subplots(2, height_ratios=(3, 1), sharex=True)
 
-    steps, loss = curve(records, 'loss')
+    steps, loss = curves.thinned('loss')
     losses.plot(steps, loss, 'C0', alpha=0.25)
     losses.plot(steps, smooth(loss), 'C0', label='training, smoothed')
-    losses.plot(*curve(records, 'val_loss'), 'C1o-', label='validation')
+    losses.plot(*curves.thinned('val_loss'), 'C1o-', label='validation')
     losses.set(yscale='log', ylabel='loss (nats per token)')
     set_loss_ticks(losses)
     losses.grid(alpha=0.3)
@@ -211,19 +245,12 @@ def plot_metrics(figure, records, tokens_per_step):
     top = losses.secondary_xaxis('top', functions=(to_million_tokens, to_step))
     top.set_xlabel('million tokens')
 
-    rates.plot(*curve(records, 'lr'), 'C2')
+    rates.plot(*curves.thinned('lr'), 'C2')
     rates.set(xlabel='step')
     rates.set_ylabel('learning rate', color='C2')
     accuracy = rates.twinx()
-    accuracy.plot(*curve(records, 'val_acc'), 'C3o-')
+    accuracy.plot(*curves.thinned('val_acc'), 'C3o-')
     accuracy.set_ylabel('validation accuracy', color='C3')
-
-
-def curve(records, key):
-    """Return the steps and the values of a metric, two arrays."""
-    steps = [record['iter'] for record in records if key in record]
-    values = [record[key] for record in records if key in record]
-    return np.array(steps, float), np.array(values, float)
 
 
 def smooth(values):

@@ -39,10 +39,15 @@ def report_write_errors(path, flag='--out_dir'):
         reason = write_error(error)
         if not reason:
             raise
-        if folder_is_gone(error):
+        obstacle = find_obstacle(error)
+        advice = f'name another {flag}; what was saved before is whole'
+        if obstacle:
+            reason = obstacle
+            advice = f'name another {flag}'
+        elif folder_is_gone(error):
             advice = 'the folder was removed or renamed while in use'
-        else:
-            advice = f'free some space or name another {flag}; what was saved before is whole'
+        elif re.search('space|quota|room|too large', reason, re.IGNORECASE):
+            advice = f'free some space or {advice}'
         raise UserError(f'cannot write {path} ({reason}): {advice}') from error
 
 
@@ -57,6 +62,27 @@ def write_error(error):
     for cause in error, error.__context__:
         if isinstance(cause, OSError):
             return cause.strerror or f'no room: {cause}'
+    return ''
+
+
+def find_obstacle(error):
+    """Return in words what stands where a folder is needed, '' if nothing does."""
+    for cause in error, error.__context__:
+        if isinstance(cause, (FileExistsError, NotADirectoryError, FileNotFoundError)) and cause.filename:
+            return describe_obstacle(Path(cause.filename))
+    return ''
+
+
+def describe_obstacle(path):
+    """Return in words what stands where `path` needs a folder, '' if nothing does.
+
+    Example: 'out is a link to /mnt/disk/out, which does not exist'
+    """
+    for place in path, *path.parents:
+        if place.is_symlink() and not place.exists():
+            return f'{place} is a link to {os.readlink(place)}, which does not exist'
+        if place.is_file():
+            return f'{place} is a file, not a folder'
     return ''
 
 
@@ -91,10 +117,12 @@ def write_atomically(path, write):
     """
     temporary = path.with_name(path.name + '.tmp')
     try:
-        with report_write_errors(path), open(temporary, 'wb') as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
+        with report_write_errors(path):
+            temporary.unlink(missing_ok=True)  # left by a process that was killed
+            with open(temporary, 'xb') as file:  # x: a link that somebody put there is not followed
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
         if os.name == 'posix':  # so that the new name survives a power cut; Windows cannot open a folder
             folder = os.open(path.parent, os.O_RDONLY)

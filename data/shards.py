@@ -19,20 +19,26 @@ import mmap
 import os
 import re
 import reprlib
+import shlex
 import shutil
 import tempfile
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from configurator import SettingError, UserError, user_errors
+from configurator import SettingError, UserError, script_path, user_errors
 from data.files import lock_folder, plain_path, report_write_errors
 
 SHARD_TOKENS = 100_000_000  # at most, per file
 SPLITS = 'train', 'val'
-PREPARED = re.compile(r'(train|val)_\d{5}\.bin|tokenizer\.(json|model|tiktoken)')  # what prepare.py writes
-PREPARE = 'run data/tiny_stories/prepare.py, or name a prepared folder with --dataset'
+# The tokenizer's own file of each encoding, which data/tokenizer.py writes
+TOKENIZER_FILES = {'char': 'tokenizer.json', 'bpe': 'tokenizer.model', 'gpt2': 'tokenizer.tiktoken'}
+PREPARED = re.compile(r'meta\.json|(train|val)_\d{5}\.bin|tokenizer\.(json|model|tiktoken)')
+TEMPORARY_FOLDERS = 'new', 'cache', 'old'  # the new dataset, intermediate files, the dataset that it replaces
+REPLACED = 'replaced.txt'  # lists the files of both datasets, from the moment on when the old one is replaced
+MAX_META_BYTES = 100_000_000  # enough for a million shards
 
 
 # writing ------------------------------------------------------------------------
@@ -78,63 +84,138 @@ def write_meta(folder, tokenizer, source, infill_rate, splits):
 def write_dataset_atomically(folder):
     """Yield temporary folders (new, cache). If all goes well, the files in `new` replace the prepared data.
 
-    meta.json is deleted first and written last, so it never describes files that are not there. What killed
-    processes left behind is removed. Raises UserError if `folder` is in use or cannot be written.
+    Only files that a meta.json of ours lists are replaced. It is moved away first, and the new one comes
+    last, so it never describes files that are not there. What killed processes left behind is removed.
+    Raises UserError if `folder` is in use, cannot be written, or has other files of these names.
     """
     with report_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        had_lock = (folder / '.lock').exists()
         with lock_folder(folder, 'wait for it, or name another --out_dir'):
             try:
                 for left in folder.glob('.preparing-*'):
-                    shutil.rmtree(left)
+                    remove_temporary(folder, left)
+                prepared_files(folder)  # raises UserError before the work begins
                 with tempfile.TemporaryDirectory(prefix='.preparing-', dir=folder,
                                                  ignore_cleanup_errors=True) as temporary:
-                    new = Path(temporary, 'new')
-                    cache = Path(temporary, 'cache')
-                    new.mkdir()
-                    cache.mkdir()
-                    with plain_path(cache) as path:
-                        yield new, path
-                    replace_dataset(folder, new)
-            finally:
-                remove_if_empty(folder)
+                    for name in TEMPORARY_FOLDERS:
+                        Path(temporary, name).mkdir()
+                    with plain_path(Path(temporary, 'cache')) as cache:
+                        try:
+                            yield Path(temporary, 'new'), cache
+                        except BaseException as error:
+                            forget_variables(error)
+                            raise
+                    replace_dataset(folder, Path(temporary))
+            except BaseException:
+                if not had_lock:
+                    remove_lock(folder)
+                raise
 
 
-def replace_dataset(folder, new):
-    """Delete the prepared data in `folder` and move the files of the folder `new` there."""
-    (folder / 'meta.json').unlink(missing_ok=True)
-    for old in folder.iterdir():
-        if PREPARED.fullmatch(old.name):
-            old.unlink()
-    for file in sorted(new.iterdir()):
-        if file.name != 'meta.json':
-            file.replace(folder / file.name)
-    (new / 'meta.json').replace(folder / 'meta.json')
+def remove_temporary(folder, left):
+    """Remove the temporary folder of a process that was killed, and nothing that only has a similar name.
+
+    If the process was replacing the data in `folder`, files of two datasets are mixed there without a
+    meta.json: remove these, too.
+    """
+    is_ours = re.fullmatch(r'\.preparing-[a-z0-9_]{8}', left.name) and left.is_dir() and not left.is_symlink()
+    if not is_ours or not set(os.listdir(left)) <= {*TEMPORARY_FOLDERS, REPLACED}:
+        return
+    if (left / REPLACED).exists() and not (folder / 'meta.json').exists():
+        for name in (left / REPLACED).read_text(encoding='utf-8').splitlines():
+            if PREPARED.fullmatch(name):
+                (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(left)
 
 
-def remove_if_empty(folder):
-    """Remove a folder in which nothing was prepared: it holds only our lock."""
-    with contextlib.suppress(OSError):  # Windows does not remove a file in use
-        if os.listdir(folder) == ['.lock']:
-            (folder / '.lock').unlink()
-            folder.rmdir()
+def prepared_files(folder):
+    """Return the names of the files in `folder` that its meta.json lists, meta.json first.
+
+    Raises UserError if there are others of the names that prepare.py writes.
+    """
+    listed = []
+    with contextlib.suppress(UserError):  # it has no meta.json, or one of another program
+        meta = read_meta(folder)
+        listed = ['meta.json', TOKENIZER_FILES.get(meta['encoding'])]
+        for split in SPLITS:
+            listed += [shard['name'] for shard in meta['splits'][split]['shards']]
+    names = [name for name in os.listdir(folder) if PREPARED.fullmatch(name)]
+    foreign = sorted(set(names) - set(listed))
+    if foreign:
+        shown = ', '.join(foreign[:5])
+        raise UserError(f'{folder} has files that no meta.json of prepare.py lists ({shown}): move them '
+                        'away, or name another --out_dir')
+    return [name for name in listed if name in names]
+
+
+def replace_dataset(folder, temporary):
+    """Move the prepared data in `folder` to `temporary/old`, and that in `temporary/new` to its place.
+
+    If a file cannot be moved, as Windows refuses for files in use, the others are moved back.
+    """
+    old, new = temporary / 'old', temporary / 'new'
+    old_names = prepared_files(folder)
+    new_names = sorted(os.listdir(new))
+    new_names.remove('meta.json')
+    new_names.append('meta.json')  # the last one
+    (temporary / REPLACED).write_text('\n'.join(old_names + new_names), encoding='utf-8')
+    moves = [(folder / name, old / name) for name in old_names]
+    moves += [(new / name, folder / name) for name in new_names]
+    done = []
+    try:
+        for source, target in moves:
+            os.replace(source, target)
+            done.append((source, target))
+    except BaseException:
+        for source, target in reversed(done):
+            os.replace(target, source)
+        raise
+
+
+def forget_variables(error):
+    """Clear the variables of the functions that `error` has ended: Windows removes no file that they map."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+
+
+def remove_lock(folder):
+    """Remove our lock from a folder in which nothing was prepared, and the folder if it is empty then."""
+    with contextlib.suppress(OSError):  # other files are there, or Windows does not remove a file in use
+        (folder / '.lock').unlink()
+        folder.rmdir()
 
 
 # reading ------------------------------------------------------------------------
 
 def prepared_folder(dataset):
-    """Return the folder that a `dataset` setting means: the path itself, or a folder under data/."""
-    if Path(dataset).is_dir():
-        return Path(dataset)
-    return Path(__file__).parent / dataset
+    """Return the folder that a `dataset` setting means: the path itself, or a folder under data/.
+
+    A folder without prepared data, which only has the same name, does not hide the other one.
+    """
+    path = Path(dataset)
+    under_data = Path(__file__).parent / dataset
+    for folder in path, under_data:
+        if (folder / 'meta.json').is_file():
+            return folder
+    return path if path.is_dir() else under_data
+
+
+def how_to_prepare(folder):
+    """Return the advice at the end of a message about a folder whose data is missing or damaged."""
+    script = script_path('data/tiny_stories/prepare.py')
+    return f'run python {script} --out_dir {shlex.quote(str(folder))}, or name prepared data with --dataset'
 
 
 def read_meta(folder):
     """Return the meta.json of a prepared folder, a dict. Raises UserError if it is missing or damaged."""
     path = Path(folder) / 'meta.json'
     if not path.is_file():
-        raise UserError(f'{folder} holds no prepared data (no meta.json): {PREPARE}')
-    with user_errors(path, f'is damaged ({PREPARE})'):
+        raise UserError(f'{folder} holds no prepared data (no meta.json): {how_to_prepare(folder)}')
+    with user_errors(path, f'is damaged (remove it with its .bin files, then {how_to_prepare(folder)})'):
+        if path.stat().st_size > MAX_META_BYTES:
+            raise ValueError(f'it has {path.stat().st_size:,} bytes')
         meta = json.loads(path.read_text(encoding='utf-8'))
         check_meta(meta)
     return meta
@@ -143,14 +224,16 @@ def read_meta(folder):
 def check_meta(meta):
     """Check the entries of meta.json that we read. Raises ValueError."""
     entry(meta, 'encoding', str)
-    count(meta, 'vocab_size')
+    if count(meta, 'vocab_size') > 2**16:
+        raise ValueError(f"vocab_size is {meta['vocab_size']}, and tokens are uint16")
     for name in 'delimiter', 'blank', 'middle':
         if name in meta:
             count(meta, name)
     rate = meta.get('infill_rate', 0)
-    if not isinstance(rate, int | float) or not 0 <= rate <= 1:
+    if type(rate) not in (int, float) or not 0 <= rate <= 1:
         raise ValueError(f'infill_rate is {reprlib.repr(rate)}')
     splits = entry(meta, 'splits', dict)
+    names = set()
     for split in SPLITS:
         about = entry(splits, split, dict)
         count(about, 'bytes')
@@ -158,6 +241,9 @@ def check_meta(meta):
             name = entry(shard, 'name', str)
             if not re.fullmatch(r'[\w.-]{1,200}', name):
                 raise ValueError(f'shard name {name[:200]!r} is not a plain file name')
+            if name in names:
+                raise ValueError(f'shard {name} is listed twice')
+            names.add(name)
             count(shard, 'tokens')
             entry(shard, 'sha256', str)
 
@@ -167,7 +253,7 @@ def entry(table, name, kind):
     if not isinstance(table, dict):
         raise ValueError(f'{reprlib.repr(table)} has no entry {name!r}')
     value = table.get(name)
-    if not isinstance(value, kind):
+    if type(value) is not kind:  # a bool is no int
         raise ValueError(f'{name} is {reprlib.repr(value)}')
     return value
 
@@ -210,22 +296,26 @@ class Split:
             tokens = np.frombuffer(mapped, '<u2')
             if verify and hashlib.sha256(tokens).hexdigest() != shard['sha256']:
                 path = self.folder / shard['name']
-                raise UserError(f'{path} does not have the sha256 in meta.json: {PREPARE}')
+                raise self.damaged(f'{path} does not have the sha256 in meta.json')
             self.maps.append(mapped)
             self.shards.append(tokens)
             self.starts.append(self.n_tokens)
             self.n_tokens += shard['tokens']
         if self.n_tokens < 2:
-            raise UserError(f'{self.folder} has no {split} token to predict: {PREPARE}')
+            raise self.damaged(f'{self.folder} has no {split} token to predict')
+
+    def damaged(self, problem):
+        """Return the UserError about a folder that is not as its meta.json says."""
+        return UserError(f'{problem}: {how_to_prepare(self.folder)}')
 
     def map_shard(self, shard):
         """Return a shard's mapped file. Raises UserError if its length is not that in meta.json."""
         path = self.folder / shard['name']
         if not path.is_file():
-            raise UserError(f'{path} is missing, though meta.json names it: {PREPARE}')
+            raise self.damaged(f'{path} is missing, though meta.json names it')
         size = path.stat().st_size
         if size != 2 * shard['tokens']:
-            raise UserError(f"{path} has {size:,} bytes for {shard['tokens']:,} tokens of 2 bytes: {PREPARE}")
+            raise self.damaged(f"{path} has {size:,} bytes for {shard['tokens']:,} tokens of 2 bytes")
         with open(path, 'rb') as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
@@ -245,7 +335,7 @@ class Split:
         while length > 0 and i < len(self.shards):
             # reading beyond the end of a file that was cut short would kill the process with a bus error
             if self.maps[i].size() != self.shards[i].nbytes:
-                raise UserError(f'{self.folder / self.names[i]} has changed its length meanwhile: {PREPARE}')
+                raise self.damaged(f'{self.folder / self.names[i]} has changed its length meanwhile')
             offset = start - self.starts[i]
             part = self.shards[i][offset:offset + length]
             parts.append(part)
@@ -257,8 +347,8 @@ class Split:
     def check_tokens(self, tokens):
         """Raise UserError if any of the tokens is beyond the vocabulary."""
         if tokens.size and tokens.max() >= self.meta['vocab_size']:
-            raise UserError(f'{self.folder} has a shard with token {tokens.max()}, beyond the vocabulary of '
-                            f"{self.meta['vocab_size']}: {PREPARE}")
+            raise self.damaged(f'{self.folder} has a shard with token {tokens.max()}, beyond the vocabulary '
+                               f"of {self.meta['vocab_size']}")
 
     def windows(self, starts, block_size):
         """Return inputs and targets of the windows that begin at `starts`; targets are one token further.

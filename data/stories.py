@@ -1,8 +1,8 @@
 """Load the stories of any source as a DatasetDict of the `datasets` library, and map functions over them.
 
-A DatasetDict has a split `train`, maybe a split `validation`, and one column, `text`. Stories lie in
-memory-mapped Arrow files in the folder `cache`, so memory does not grow with their number. Only a single
-story and a .txt that is one document are read into memory.
+A DatasetDict has a split `train` and maybe `validation`, or one `document`, and one column, `text`. Stories
+lie in memory-mapped Arrow files in the folder `cache`, so memory does not grow with their number. Only a
+single story and a document are read into memory.
 """
 
 import json
@@ -16,6 +16,7 @@ from urllib.request import Request, urlopen
 
 from configurator import UserError, one_line, user_errors
 from data.files import refuse_stand_in
+from data.splits import group_by_split
 from data.story_files import (
     check_format,
     describe_unseparated,
@@ -36,13 +37,15 @@ HUB_TIMEOUT = 5  # seconds to wait for the hub's first answer; the library would
 
 # sources ------------------------------------------------------------------------
 
-def load_stories(source, cache, how, percentage=100.0, seed=1337, offline=False):
-    """Return (DatasetDict of the stories, remarks on how the source was read, one per line, or '').
+def load_stories(source, cache, how, seed=1337, offline=False):
+    """Return (DatasetDict of the stories, lines that say how the source was read).
+
+    A .txt that is one document has the split `document` alone, with one row. The first line says which file
+    is in which split.
 
     source: 'sample' (the built-in corpus), a local path, or a name on the Hugging Face hub.
     cache: the folder for the Arrow files.
     how: a Format, what the settings say about story files.
-    percentage: how much of a single document to use; all stories of other sources are returned.
     seed: of the built-in corpus.
     Raises UserError if the source cannot be read.
     """
@@ -50,7 +53,7 @@ def load_stories(source, cache, how, percentage=100.0, seed=1337, offline=False)
     if source == 'sample':
         check_format(how, [], source)
         import_datasets(offline=True)
-        named = {'train': sample_stories.stories(SAMPLE_STORIES, seed)}
+        named = {'sample': sample_stories.stories(SAMPLE_STORIES, seed)}
     elif is_hub_name(source):
         check_format(how, ['.arrow'], source)
         named = load_from_hub(source, offline, how.column)
@@ -60,14 +63,16 @@ def load_stories(source, cache, how, percentage=100.0, seed=1337, offline=False)
         named = load_saved_dataset(path, how.column)
     else:
         import_datasets(offline=True)
-        return load_story_files(path, cache, how, percentage)
+        return load_story_files(path, cache, how)
 
-    names, remark = group_by_split(named)
+    import datasets
+
+    names, files_line = group_by_split(named)
     splits = {}
     for split in names:
         parts = [(source, named[name]) for name in names[split]]
         splits[split], _ = write_stories(parts, split, cache)
-    return dataset_dict(splits), one_line(remark)
+    return datasets.DatasetDict(splits), [files_line]
 
 
 def import_datasets(offline):
@@ -196,11 +201,13 @@ def plain_name(name):
 
 # story files --------------------------------------------------------------------
 
-def load_story_files(path, cache, how, percentage):
-    """Return (DatasetDict, remarks) of a file or a folder of files, as load_stories does."""
+def load_story_files(path, cache, how):
+    """Return (DatasetDict, lines) of a file or a folder of files, as load_stories does."""
+    import datasets
+
     files = find_story_files(path)
     check_format(how, {file_type(file) for file in files.values()}, path)
-    names, remark = group_by_split(files)
+    names, files_line = group_by_split(files)
     splits = {}
     n_stories = {}  # of each file
     for split in names:
@@ -208,13 +215,14 @@ def load_story_files(path, cache, how, percentage):
         parts = [(file, read_stories(file, how)) for file in paths]
         splits[split], counts = write_stories(parts, split, cache)
         n_stories.update(zip(paths, counts, strict=True))
-    remarks = [remark, describe_empty(n_stories), describe_unseparated(n_stories, how)]
-    stories = dataset_dict(splits)
-    if len(splits) == 1 and sum(n_stories.values()) == 1:
+    lines = [files_line, describe_empty(n_stories), describe_unseparated(n_stories, how)]
+    document = None
+    if len(splits) == 1:
         document = only_document(n_stories, how)
-        if document is not None:
-            stories = split_document(document, percentage)
-    return stories, '\n'.join(one_line(remark) for remark in remarks if remark)
+    if document is not None:
+        # as it is: line breaks at the ends of a document are part of it
+        splits = {'document': datasets.Dataset.from_dict({'text': [document]})}
+    return datasets.DatasetDict(splits), [one_line(line) for line in lines if line]
 
 
 def in_reading_order(paths):
@@ -235,26 +243,11 @@ def describe_empty(n_stories):
 
 
 def only_document(n_stories, how):
-    """Return the text of the only file that is not empty, or None if it is not a .txt without separators."""
-    for path, n in n_stories.items():
-        if n == 1 and file_type(path) == '.txt':
-            return read_document(path, how)
+    """Return the text of the only file that is not empty if it is a .txt without separators, else None."""
+    full = [path for path, n in n_stories.items() if n > 0]
+    if len(full) == 1 and file_type(full[0]) == '.txt' and n_stories[full[0]] == 1:
+        return read_document(full[0], how)
     return None
-
-
-def split_document(text, percentage):
-    """Return a DatasetDict: as in nanoGPT, the first 90% of the characters are for training.
-
-    Of both parts, the first `percentage` percent are taken.
-    """
-    import datasets
-
-    cut = int(0.9 * len(text))
-    splits = {}
-    for split, part in ('train', text[:cut]), ('validation', text[cut:]):
-        length = max(1, int(len(part) * (percentage / 100)))
-        splits[split] = datasets.Dataset.from_dict({'text': [part[:length]]})
-    return datasets.DatasetDict(splits)
 
 
 # writing ------------------------------------------------------------------------
@@ -303,44 +296,6 @@ def in_batches(stories):
     if batch:
         yield batch
 
-
-def dataset_dict(splits):
-    """Return a DatasetDict of {split: Dataset}."""
-    import datasets
-
-    return datasets.DatasetDict(splits)
-
-
-# splits ------------------------------------------------------------------------
-
-def group_by_split(names):
-    """Return ({split: names}, remark), by words such as val, valid, test and train in the names of files.
-
-    A test split is left out if there is a validation split, and serves as one otherwise.
-    Example: ['a-train.txt', 'a-valid.txt', 'test.txt'] gives
-    {'train': ['a-train.txt'], 'validation': ['a-valid.txt']} and a remark about test.txt.
-    """
-    train, val, test = [], [], []
-    for name in names:
-        words = set(re.split('[^a-z]+', name.lower()))
-        if 'val' in words or 'valid' in name.lower():
-            val.append(name)
-        elif 'test' in words and 'train' not in words:
-            test.append(name)
-        else:
-            train.append(name)
-    if not any('train' in re.split('[^a-z]+', name.lower()) for name in train):
-        # no file is called train: then `test` is just a name
-        train, test = train + test, []
-    remark = ''
-    if test and val:
-        remark = f'left out, as a test split: {", ".join(test)}'
-    elif test:
-        remark = f'for validation, as there is no other split: {", ".join(test)}'
-    val = val or test
-    if train and val:
-        return {'train': train, 'validation': val}, remark
-    return {'train': train + val}, remark
 
 
 # map ----------------------------------------------------------------------------

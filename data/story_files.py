@@ -227,13 +227,11 @@ def describe_document(path, text, how, is_alone):
     is_alone: whether it is all there is. Only then line breaks may be between stories, and not just in them.
     """
     separator, n = guess_separator(text)
-    if not is_alone and not separator.strip():
+    if not separator or (separator.isspace() and not is_alone):
         return ''
-    line = f'{path} has no {how.separator!r}, so it is one document'
-    if not separator:
-        return line
     found = {'\n': 'line breaks', '\n\n': 'blank lines'}.get(separator, separator.strip())
-    return f'{line}; it has {found} ({n:,}): type --separator {separator!r} if they are between stories'
+    return (f'{path} has no {how.separator!r}, so it is one document; it has {found} ({n:,}): '
+            f'type --separator {separator!r} if they are between stories')
 
 
 def guess_separator(text):

@@ -8,8 +8,8 @@
 decode(encode(text)) == text for every text. Only a foreign sentencepiece model without bytes loses what it
 has no piece for: it becomes unk, which decodes to nothing. No text encodes to a special id, even if it spells
 one. char and bpe put one space before a text that is not empty, as sentencepiece and llama2.c do, and
-`decode` removes it. sentencepiece writes a space as U+2581, so that character itself is encoded as its three
-bytes, in char too.
+`decode` removes it. All spaces are kept, even if a foreign model says remove_extra_whitespaces. sentencepiece
+writes a space as U+2581, so that character itself is encoded as its three bytes, in char too.
 """
 
 import base64
@@ -24,12 +24,15 @@ from pathlib import Path
 import numpy as np
 
 from configurator import SettingError, UserError, user_errors
-from data.shards import PREPARE, read_meta
+from data.files import refuse_stand_in
+from data.sentencepiece_file import SPACE_MARK, count_pieces
+from data.shards import how_to_prepare, read_meta
 
 MAX_VOCAB_SIZE = 2**16  # ids are stored as uint16
+MAX_IDS = MAX_VOCAB_SIZE - 2  # without <blank> and <middle>
 FIRST_BYTE = 3  # the id of byte 0 in char and bpe
 BYTE_PIECES = [b''] * FIRST_BYTE + [bytes([byte]) for byte in range(256)]  # the bytes that ids 0 to 258 spell
-SPACE_MARK = '\u2581'
+MAX_FILE_SIZE = 2**24  # bytes of a tokenizer's file: five times that of 65,536 ids
 MAX_SENTENCE = 4096  # characters of the longest line that bpe learns from
 MAX_TEXT = 100_000  # characters that a library encodes at a time: tiktoken fails on a million spaces
 
@@ -51,12 +54,11 @@ class Tokenizer:
     def __init__(self, data, pieces):
         """data: the file's content. pieces: list of the bytes that each id spells, except the last two."""
         self.files = {self.file_name: data}
+        check_n_ids(len(pieces))
         self._pieces = [*pieces, b'', b'']
         self.vocab_size = len(self._pieces)
         self.blank = self.vocab_size - 2
         self.middle = self.vocab_size - 1
-        if self.vocab_size > MAX_VOCAB_SIZE:
-            raise ValueError(f'{self.vocab_size} ids do not fit uint16')
 
     def __reduce__(self):
         # Worker processes get the file: the libraries' own pickles would lose what we change in them.
@@ -141,6 +143,8 @@ class CharTokenizer(Tokenizer):
 
     def __init__(self, data):
         chars = json.loads(data)
+        if isinstance(chars, list):
+            check_n_ids(len(BYTE_PIECES) + len(chars))
         if not isinstance(chars, list) or any(not isinstance(char, str) or len(char) != 1 for char in chars):
             raise ValueError('not a list of characters')
         if ' ' not in chars or SPACE_MARK in chars or len(set(chars)) < len(chars):
@@ -155,8 +159,11 @@ class CharTokenizer(Tokenizer):
 
         If there are more than fit uint16, those with the lowest code points are taken.
         """
-        chars = {*unique_characters(texts), ' '} - {SPACE_MARK}
-        room = MAX_VOCAB_SIZE - len(BYTE_PIECES) - 2
+        chars = {' '}
+        for text in texts:
+            chars.update(unique_characters([text]))
+        chars -= {SPACE_MARK}
+        room = MAX_IDS - len(BYTE_PIECES)
         return cls(json.dumps(sorted(chars)[:room], ensure_ascii=False).encode())
 
     def _encode_parts(self, parts):
@@ -194,23 +201,24 @@ class BPETokenizer(Tokenizer):
     def __init__(self, data):
         import sentencepiece
 
+        count_pieces(data, at_most=MAX_IDS)  # before the library does work for each
         model = sentencepiece.SentencePieceProcessor(model_proto=data + self.NO_NORMALIZATION)
-        ids = range(model.get_piece_size())
-        first = [model.unk_id(), model.bos_id(), model.eos_id(), *(i for i in ids if model.is_byte(i))]
-        if first not in (list(range(FIRST_BYTE)), list(range(len(BYTE_PIECES)))):
-            raise ValueError('its ids are not unk 0, bos 1, eos 2, and the bytes 3 to 258 or none')
-        pieces = BYTE_PIECES[:len(first)]
-        for i in ids[len(first):]:
+        n_first = check_first_ids(model)
+        pieces = BYTE_PIECES[:n_first]
+        for i in range(n_first, model.get_piece_size()):
             text = '' if model.is_control(i) else model.id_to_piece(i)
             pieces.append(text.replace(SPACE_MARK, ' ').encode())
         super().__init__(data, pieces)
         self._model = model
-        self.lossless = len(first) > FIRST_BYTE
+        self.lossless = n_first > FIRST_BYTE
         self._space_mark_ids = [FIRST_BYTE + byte for byte in SPACE_MARK.encode()] if self.lossless else [0]
 
     @classmethod
     def train(cls, texts, vocab_size):
-        """Learn a vocabulary from `texts` (iterable of str). Raises UserError if vocab_size is unsuitable."""
+        """Learn a vocabulary from `texts` (iterable of str).
+
+        Raises VocabSizeError if vocab_size does not suit them, UserError if there is nothing to learn from.
+        """
         import sentencepiece
 
         if vocab_size > MAX_VOCAB_SIZE:
@@ -243,8 +251,12 @@ class BPETokenizer(Tokenizer):
             bound = re.search(r'\d+ vs (\d+)|value <= (\d+)', str(error))
             if not bound:
                 raise
-            size = f'at least {int(bound[1]) + 2}' if bound[1] else f'at most {int(bound[2]) + 2}'
-            raise UserError(f'vocab_size {vocab_size} does not suit this text: type {size}') from None
+            bound_name = 'at least' if bound[1] else 'at most'
+            nearest = int(bound[1] or bound[2]) + 2
+            if nearest > MAX_VOCAB_SIZE:
+                raise UserError(f'this text has so many characters that bpe needs {nearest:,} ids, and '
+                                f'{MAX_VOCAB_SIZE:,} fit uint16: type --encoding_type char') from None
+            raise VocabSizeError(vocab_size, bound_name, nearest) from None
         return cls(model.getvalue())
 
     def _encode_parts(self, parts):
@@ -268,6 +280,28 @@ class BPETokenizer(Tokenizer):
                 ids += self._space_mark_ids
             ids += part
         return ids
+
+
+class VocabSizeError(UserError):
+    """A vocabulary size that does not suit a text. `nearest` is the size closest to it that does."""
+
+    def __init__(self, vocab_size, bound_name, nearest):
+        super().__init__(f'vocab_size {vocab_size} does not suit this text: type {bound_name} {nearest}')
+        self.nearest = nearest
+
+
+def check_first_ids(model):
+    """Return how many ids of a sentencepiece model are in Llama's order: 3, or 259 if it has the 256 bytes.
+
+    Raises ValueError if its first ids are others.
+    """
+    byte_ids = [i for i in range(model.get_piece_size()) if model.is_byte(i)]
+    byte_names = [model.id_to_piece(i) for i in byte_ids]
+    first = [model.unk_id(), model.bos_id(), model.eos_id(), *byte_ids]
+    in_order = first == list(range(len(first)))
+    if not in_order or (byte_names and byte_names != [f'<0x{byte:02X}>' for byte in range(256)]):
+        raise ValueError('its ids are not unk 0, bos 1, eos 2, and the bytes 3 to 258 or none')
+    return len(first)
 
 
 class GPT2Tokenizer(Tokenizer):
@@ -320,11 +354,11 @@ FILE_NAMES = [kind.file_name for kind in CLASSES.values()]
 def load_tokenizer(folder):
     """Return the tokenizer of a prepared folder. Raises UserError if it is missing or damaged."""
     meta = read_meta(folder)
-    with user_errors(f'the tokenizer of {folder}', f'is missing or damaged ({PREPARE})'):
+    with user_errors(f'the tokenizer of {folder}', f'is missing or damaged ({how_to_prepare(folder)})'):
         if meta['encoding'] not in CLASSES:
             raise ValueError(f"no encoding {meta['encoding']!r}")
         name = CLASSES[meta['encoding']].file_name
-        data = Path(folder, name).read_bytes()
+        data = read_file(Path(folder, name))
         tokenizer = tokenizer_from_state({'encoding': meta['encoding'], 'files': {name: data}}, folder)
         if tokenizer.vocab_size != meta['vocab_size']:
             raise ValueError(f"{name} has {tokenizer.vocab_size} ids, meta.json {meta['vocab_size']}")
@@ -345,7 +379,31 @@ def tokenizer_from_state(state, where='the checkpoint'):
         data = files.get(tokenizer_class.file_name)
         if not isinstance(data, bytes):
             raise ValueError(f'it has no {tokenizer_class.file_name}')
+        check_size(len(data))
         return tokenizer_class(data)
+
+
+def read_file(path):
+    """Return the content of a tokenizer's file.
+
+    Raises UserError if it only stands in for the file, ValueError if it is too large to be one.
+    """
+    refuse_stand_in(path)
+    check_size(path.stat().st_size)
+    return path.read_bytes()
+
+
+def check_size(n_bytes):
+    """Raise ValueError if a file is larger than any tokenizer that this project can use."""
+    if n_bytes > MAX_FILE_SIZE:
+        raise ValueError(f'it has {n_bytes:,} bytes, and a tokenizer of {MAX_VOCAB_SIZE:,} ids less than '
+                         f'{MAX_FILE_SIZE:,}')
+
+
+def check_n_ids(n_ids):
+    """Raise ValueError if so many ids, without <blank> and <middle>, cannot be stored."""
+    if n_ids > MAX_IDS:
+        raise ValueError(f'it has {n_ids:,} ids, and at most {MAX_IDS:,} fit 16 bits (2 are for infilling)')
 
 
 # texts --------------------------------------------------------------------------

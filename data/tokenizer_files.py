@@ -1,49 +1,55 @@
-"""Read tokenizers that others made, or that this project wrote anywhere, as one of our three.
+"""Find the tokenizer at a path, and read those that others made as one of our three.
 
 A vocabulary is a list of pieces, one per id: (text, score, kind). A space in the text is ' ' (GPT-2 has its
-own spelling). The pair of pieces whose union has the highest score is merged first. The kind is one of the
-numbers below, which are those of sentencepiece and GGUF.
+own spelling). The pair of pieces whose union has the highest score is merged first. The kinds are those of
+sentencepiece and GGUF, see data/sentencepiece_file.py.
 """
 
-import base64
 import hashlib
 import json
+import math
 import os
-import reprlib
+import re
 import struct
 import tempfile
 import zipfile
 from pathlib import Path
 
 from configurator import UserError, user_errors
+from data.files import refuse_stand_in
+from data.hf_tokenizer import (
+    GPT2_HELP,
+    check_model_type,
+    gpt2_of_merges,
+    gpt2_of_tokenizer_json,
+    gpt2_of_vocabulary,
+    is_byte_level,
+    is_merges,
+    is_wordpiece,
+    llama_pieces,
+)
+from data.sentencepiece_file import BYTE, CONTROL, NORMAL, UNKNOWN, check_encoding, sentencepiece_model
 from data.tokenizer import (
     FILE_NAMES,
-    GPT2_SHA256,
-    SPACE_MARK,
     BPETokenizer,
     CharTokenizer,
     GPT2Tokenizer,
+    check_n_ids,
     load_tokenizer,
+    read_file,
     tokenizer_from_state,
 )
 
-NORMAL, UNKNOWN, CONTROL, UNUSED, BYTE = 1, 2, 3, 5, 6
 FIRST = [('<unk>', 0.0, UNKNOWN), ('<s>', 0.0, CONTROL), ('</s>', 0.0, CONTROL),
          *((f'<0x{byte:02X}>', 0.0, BYTE) for byte in range(256))]  # ids 0 to 258 of char and bpe
 INFILLING = [('<blank>', 0.0, CONTROL), ('<middle>', 0.0, CONTROL)]  # the two last ids
-
-# How GPT-2's files spell a byte, in order of the ids: visible Latin-1 as itself, the others as U+0100 and on
-VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-HIDDEN = [byte for byte in range(256) if byte not in VISIBLE]
-GPT2_BYTES = {chr(byte): byte for byte in VISIBLE} | {chr(0x100 + i): byte for i, byte in enumerate(HIDDEN)}
 
 # What a folder may hold, in order of preference
 FILES = ('tokenizer.bin', 'tokenizer.model', 'tokenizer.tiktoken', 'tokenizer.json', 'vocab.json',
          'encoder.json', 'merges.txt', 'vocab.bpe')
 CHECKPOINTS = 'best.pt', 'ckpt.pt'
+TEXT_CHUNK = 2**24  # characters
 URL = 'https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/'  # where tiktoken downloads it
-GPT2_HELP = ('where there is internet, hf download gpt2 vocab.json --local-dir gpt2; bring this folder over, '
-             'then type --tokenizer gpt2')
 
 
 def open_tokenizer(path):
@@ -89,6 +95,7 @@ def read_checkpoint_tokenizer(path):
     """Return the tokenizer in a checkpoint of train.py."""
     if not path.is_file():
         raise UserError(f'no checkpoint {path}: train first, or name another tokenizer')
+    refuse_stand_in(path)
     import torch  # here, because it takes seconds, and few tokenizers need it
 
     with user_errors(path, 'is not a checkpoint of this project, and was not run'):
@@ -107,27 +114,55 @@ def read_checkpoint_tokenizer(path):
 def read_tokenizer(path):
     """Return the tokenizer in a file, or in the first of FILES that a folder has; None if there is none.
 
-    A .txt gives a tokenizer of its characters. Raises UserError if the file is damaged.
+    The content decides what a file is: a .txt may be GPT-2's merges, and else stands for its characters.
+    Raises UserError if the file is damaged, or a tokenizer of a kind that this project does not read.
     """
     if path.is_dir():
         files = [path / name for name in FILES if (path / name).is_file()]
         if not files:
             return None
         path = files[0]
-    readers = {'.bin': from_bin, '.model': BPETokenizer, '.tiktoken': GPT2Tokenizer, '.json': from_json,
-               '.txt': from_text, '.bpe': from_gpt2}
-    if path.suffix not in readers or not path.is_file():
+    readers = {'.bin': from_bin, '.model': from_model, '.tiktoken': GPT2Tokenizer, '.json': from_json,
+               '.bpe': from_merges}
+    if path.suffix not in (*readers, '.txt') or not path.is_file():
         return None
-    reader = readers[path.suffix]
-    if path.name == 'merges.txt':
-        reader = from_gpt2
-    with user_errors(path):
-        return reader(path.read_bytes())
+    with user_errors(path, 'is damaged or not a tokenizer that this project reads'):
+        if path.suffix == '.txt':
+            return read_text(path)
+        return readers[path.suffix](read_file(path))
 
 
-def from_text(data):
-    """Return the tokenizer of the characters in a text, UTF-8."""
-    return CharTokenizer.train([data.decode()])
+def read_text(path):
+    """Return the tokenizer of a .txt, UTF-8: of its merges, if it is a list of them, or of its characters."""
+    refuse_stand_in(path)
+    with open(path, encoding='utf-8', newline='') as file:
+        start = file.read(TEXT_CHUNK)
+        if is_merges(start):
+            return gpt2_of_merges(start)
+        if is_wordpiece(start):
+            raise ValueError("it is a vocabulary of BERT's kind")
+        return CharTokenizer.train(chunks(start, file))
+
+
+def chunks(start, file):
+    """Yield the text of a file, whose beginning has been read, in parts that fit into memory."""
+    chunk = start
+    while chunk:
+        yield chunk
+        chunk = file.read(TEXT_CHUNK)
+
+
+def from_merges(data):
+    """Return GPT-2's tokenizer from its vocab.bpe."""
+    return gpt2_of_merges(data.decode())
+
+
+def from_model(data):
+    """Return the tokenizer of a .model: sentencepiece's, or GPT-2's in tiktoken's form."""
+    if re.match(rb'[A-Za-z0-9+/=]+ \d+\n', data):
+        return GPT2Tokenizer(data)
+    check_encoding(data)
+    return BPETokenizer(data)
 
 
 def from_json(data):
@@ -137,39 +172,12 @@ def from_json(data):
         return CharTokenizer(data)
     if not isinstance(content, dict):
         raise ValueError('neither a list of characters nor a vocabulary')
-    model = content.get('model')
-    if isinstance(model, dict) and '<|endoftext|>' not in vocabulary_of(model):
-        return from_merges(vocabulary_of(model), model.get('merges'))
-    return from_gpt2(data)
-
-
-def vocabulary_of(table):
-    """Return a tokenizer.json's {piece: id}. Raises ValueError if it is something else."""
-    vocab = table.get('vocab')
-    if not isinstance(vocab, dict) or not all(type(i) is int for i in vocab.values()):
-        raise ValueError('its vocabulary is not an object of pieces and ids')
-    return vocab
-
-
-def from_merges(vocab, merges):
-    """Return the tokenizer of a Hugging Face tokenizer.json.
-
-    vocab: {piece: id}. merges: the pairs ('a b' or ['a', 'b']), those that are merged first come first.
-    """
-    if sorted(vocab.values()) != list(range(len(vocab))):
-        raise ValueError('its ids are not the numbers from 0 on')
-    if not isinstance(merges, list):
-        raise ValueError('it has no list of merges')
-    scores = {}
-    for rank, pair in enumerate(merges):
-        parts = pair.split(' ') if isinstance(pair, str) else pair
-        if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
-            raise ValueError(f'{reprlib.repr(pair)} is not a pair of pieces')
-        scores.setdefault(''.join(parts), -float(rank))
-    pieces = []
-    for text in sorted(vocab, key=vocab.get):
-        pieces.append((text.replace(SPACE_MARK, ' '), scores.get(text, -1e9), NORMAL))
-    return tokenizer_of(pieces)
+    if not isinstance(content.get('model'), dict):
+        return gpt2_of_vocabulary(content)
+    check_model_type(content['model'])
+    if is_byte_level(content):
+        return gpt2_of_tokenizer_json(content)
+    return tokenizer_of(llama_pieces(content))
 
 
 def from_bin(data):
@@ -186,9 +194,12 @@ def from_bin(data):
         offset += 8 + length
         if length < 1 or offset > len(data):
             raise ValueError(f'it breaks off at byte {offset:,}')
+        if not math.isfinite(score):
+            raise ValueError(f'the score of its piece {len(pieces):,} is {score}')
         text = data[offset - length:offset].decode()
         if text not in ('\0<blank>', '\0<middle>'):  # as export.py writes them
             pieces.append((text, score, NORMAL))
+    check_n_ids(len(pieces))
     return tokenizer_of(pieces)
 
 
@@ -211,7 +222,7 @@ def tokenizer_of(pieces):
     if begins_like_llama and not set(texts) & set(byte_texts):
         return BPETokenizer(sentencepiece_model(FIRST[:3] + pieces[3:]))
     if texts[3:len(FIRST)] != byte_texts:
-        raise ValueError('its ids 3 to 258 are not the bytes')
+        raise ValueError('its ids are not unk 0, bos 1, eos 2, and the bytes 3 to 258 or none')
     others = pieces[len(FIRST):]
     if all(len(text) == 1 for text, _, _ in others):  # nothing to merge
         characters = [text for text, _, _ in others]
@@ -219,7 +230,7 @@ def tokenizer_of(pieces):
     return BPETokenizer(sentencepiece_model(FIRST + others))
 
 
-# GPT-2's vocabulary -------------------------------------------------------------
+# GPT-2's vocabulary in the caches ----------------------------------------------
 
 def load_gpt2(offline=False):
     """Return GPT-2's tokenizer from a cache of tiktoken or Hugging Face, or download it into tiktoken's.
@@ -249,7 +260,7 @@ def load_gpt2(offline=False):
         raise UserError(f"GPT-2's vocabulary is not in {cache} (tiktoken's) or {hub}{how}: "
                         + GPT2_HELP) from error
     with user_errors(file):
-        return from_gpt2(data)
+        return from_json(data)
 
 
 def in_cache(path):
@@ -265,71 +276,3 @@ def in_cache(path):
     for model in models:
         snapshots += model.glob('snapshots/*/')
     return max(snapshots, key=lambda snapshot: len(os.listdir(snapshot)), default=path)
-
-
-def from_gpt2(data):
-    """Return GPT-2's tokenizer from its vocab.json, encoder.json, merges.txt, vocab.bpe or tokenizer.json.
-
-    Each of them holds the whole vocabulary. Raises ValueError if it is another one.
-    """
-    lines = []
-    for rank, token in enumerate(gpt2_tokens(data.decode())):
-        if not set(token) <= GPT2_BYTES.keys():
-            raise ValueError(f'{reprlib.repr(token)} is not a token of GPT-2: {GPT2_HELP}')
-        token_bytes = bytes(GPT2_BYTES[char] for char in token)
-        lines.append(base64.b64encode(token_bytes) + b' %d\n' % rank)
-    content = b''.join(lines)
-    if hashlib.sha256(content).hexdigest() != GPT2_SHA256:
-        raise ValueError(f"it is not GPT-2's (its vocabulary has another sha256): {GPT2_HELP}")
-    return GPT2Tokenizer(content)
-
-
-def gpt2_tokens(text):
-    """Return GPT-2's tokens in the spelling of its files, in order of the ids."""
-    if text.startswith('{'):
-        ids = json.loads(text)
-        if isinstance(ids.get('model'), dict):
-            ids = vocabulary_of(ids['model'])
-        else:
-            ids = vocabulary_of({'vocab': ids})
-        return sorted(ids.keys() - {'<|endoftext|>'}, key=ids.get)
-    # the bytes come first, then what each line merges
-    merged = [line.replace(' ', '') for line in text.splitlines() if not line.startswith('#version')]
-    return [*GPT2_BYTES, *merged]
-
-
-# sentencepiece's format ---------------------------------------------------------
-
-def sentencepiece_model(pieces):
-    """Return the bytes of a sentencepiece BPE model with these pieces.
-
-    The file is a protocol buffer (sentencepiece_model.proto): a sequence of fields, each a tag and a value.
-    The tag is 8 * the field's number + its type: 0 is a varint, 2 is a length and so many bytes (a text or a
-    nested message), 5 is four bytes. So tag 0x0a is field 1, bytes; tag 0x15 is field 2, a float32.
-    """
-    model = b''
-    for text, score, kind in pieces:  # field 1, pieces: piece (1), score (2), type (3)
-        text = text.replace(' ', SPACE_MARK).encode()
-        piece = b'\x0a' + write_varint(len(text)) + text
-        piece += b'\x15' + struct.pack('<f', score)
-        piece += b'\x18' + write_varint(kind)
-        model += b'\x0a' + write_varint(len(piece)) + piece
-    # field 2, trainer_spec: model_type (3) is BPE, vocab_size (4), byte_fallback (35)
-    has_bytes = len(pieces) > 3 and pieces[3][2] == BYTE
-    trainer = b'\x18\x02' + b'\x20' + write_varint(len(pieces)) + b'\x98\x02' + write_varint(int(has_bytes))
-    model += b'\x12' + write_varint(len(trainer)) + trainer
-    # field 3, normalizer_spec: name (1), add_dummy_prefix (3) is on, remove_extra_whitespaces (4) is off
-    normalizer = b'\x0a\x08identity' + b'\x18\x01' + b'\x20\x00'
-    return model + b'\x1a' + write_varint(len(normalizer)) + normalizer
-
-
-def write_varint(number):
-    """Return a protocol buffer's varint: 7 bits per byte, the lowest first; bit 8 says that more follow.
-
-    Example: 300 is 0b10_0101100, so its bytes are 0b1_0101100, 0b0_0000010.
-    """
-    out = b''
-    while number > 127:
-        out += bytes([number & 127 | 128])
-        number >>= 7
-    return out + bytes([number])

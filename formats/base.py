@@ -1,5 +1,6 @@
 """The interface of a format, and what several formats share."""
 
+import gc
 import json
 from dataclasses import asdict
 
@@ -7,7 +8,11 @@ import torch
 
 from configurator import UserError, user_errors
 from core.checkpoint import check_size, load_model, parameter_shapes
+from data.files import refuse_stand_in
 from data.tokenizer import tokenizer_from_state
+
+DTYPES = {'f32': torch.float32, 'f16': torch.float16, 'bf16': torch.bfloat16}
+MAX_KL = {'f32': 1e-6, 'f16': 1e-4, 'bf16': 5e-3}
 
 
 class Format:
@@ -16,7 +21,8 @@ class Format:
     A subclass has
         write(path, checkpoint, tokenizer)   write a new file, or into an empty folder
         read(path)                           let the other program load what was written
-    Both raise ModuleNotFoundError if they need a package that is not installed. After `read` it has
+    Both raise ModuleNotFoundError if they need a package that is not installed. After `read`, until `close`,
+    it has
         logits(ids, positions)   logits of the token after ids[:position + 1], up to a constant that may
                                  differ between rows: a tensor (len(positions), vocab_size)
         encode(text)             token ids, which begin with the delimiter
@@ -25,17 +31,21 @@ class Format:
 
     reader = 'our own importer'  # the program that reads it back, as messages name it
     files = ()  # names of the files that are written into a folder; empty if the format is a single file
-    magic = b''  # the first bytes of that single file
+    dtypes = ('f32',)  # of the weights in the file, those to choose from
     max_kl = 1e-6  # largest acceptable KL divergence, in nats: see `compare_predictions` in export.py
 
     def incompatibilities(self, config, tokenizer):
         """Return why the format cannot hold such a model: a list of (reason, way out), empty if it can."""
         return []
 
+    def close(self):
+        """Let go of what was read: on Windows, a file that is open or mapped cannot be moved."""
+        self.model = None
+        gc.collect()  # a model may refer to itself
+
     def recognizes(self, path):
-        """Return whether a file is of this format, by its first bytes."""
-        with open(path, 'rb') as file:
-            return file.read(len(self.magic)) == self.magic
+        """Return whether a file, or a folder with nothing but `files`, was written by `write`."""
+        raise NotImplementedError
 
 
 class Importer(Format):
@@ -54,10 +64,15 @@ class Importer(Format):
         the model is not one that model.py can build.
         """
         config, weights = self.load_weights(path)
-        if config.tie_embeddings:
-            weights.pop('lm_head.weight', None)  # some files hold a tied head as well
+        head = weights.get('lm_head.weight')
+        if config.tie_embeddings and head is not None:
+            if torch.equal(head, weights['embedding.weight']):
+                del weights['lm_head.weight']
+            else:  # then the file counts, not its config: transformers does the same
+                config.tie_embeddings = False
         with user_errors(path):
             check_weights(config, weights)
+        weights = {name: w.float() for name, w in weights.items()}
         tokenizer = self.load_tokenizer(path)
         if tokenizer is not None and config.vocab_size != tokenizer.vocab_size:
             add_infilling_rows(weights, tokenizer.vocab_size - 2)
@@ -97,6 +112,8 @@ def check_weights(config, weights):
 
 def read_json_object(path):
     """Return the JSON object in a file, a dict. Raises UserError if it is missing or damaged."""
+    if path.is_file():
+        refuse_stand_in(path)
     with user_errors(path):
         content = json.loads(path.read_bytes())
         if not isinstance(content, dict):
@@ -104,15 +121,30 @@ def read_json_object(path):
     return content
 
 
-def own_weights(checkpoint):
-    """Return the weights of a checkpoint in float32, without the head if it is tied to the embedding."""
+def entry_of_config(folder, name):
+    """Return an entry of the config.json in a folder, or None if there is none."""
+    try:
+        return read_json_object(folder / 'config.json').get(name)
+    except UserError:  # it is missing, or damaged
+        return None
+
+
+def own_weights(checkpoint, dtype='f32'):
+    """Return the weights of a checkpoint, without the head if it is tied. dtype: one of DTYPES."""
     is_tied = checkpoint['config']['tie_embeddings']
     weights = {}
     for name, w in checkpoint['model'].items():
         if is_tied and name == 'lm_head.weight':
             continue
-        weights[name] = w.float().contiguous()
+        weights[name] = w.to(DTYPES[dtype]).contiguous()
     return weights
+
+
+def write_safetensors(path, tensors, metadata=None):
+    """Write a .safetensors file. The library's `save_file` would leave it readable by its owner alone."""
+    from safetensors.torch import save
+
+    path.write_bytes(save(tensors, metadata))
 
 
 def block_incompatibilities(config, block):

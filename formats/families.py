@@ -5,49 +5,91 @@ from dataclasses import dataclass
 
 import torch
 
+# Entries of a config.json that would change the arithmetic, and the value with which they do not (or null)
+NEUTRAL = {
+    'quantization_config': None,
+    'sliding_window': None,
+    'attention_window': None,
+    'attn_logit_softcapping': None,
+    'final_logit_softcapping': None,
+    'clip_qkv': None,
+    'num_experts': None,
+    'num_local_experts': None,
+    'partial_rotary_factor': 1,
+    'logit_scale': 1,
+    'logits_scaling': 1,
+    'embedding_multiplier': 1,
+    'residual_multiplier': 1,
+    'attention_multiplier': 1,
+    'qk_norm': False,
+    'use_qk_norm': False,
+    'add_cross_attention': False,
+}
+
+# Names that wrappers add to those of the weights: anywhere (torch.compile, FSDP), or in front
+WRAPPERS = '_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module'
+WRAPPERS_IN_FRONT = 'module', 'model', 'transformer'
+TOP_LEVEL = 'embedding', 'position', 'norm', 'lm_head', 'blocks'
+
 
 @dataclass
 class Family:
     architecture: str  # name of its class in transformers
     block: dict  # the values of GPTConfig that make up its block
     config_names: dict  # {name of a value in GPTConfig: its name in config.json}
+    aliases: dict  # {other name of an entry of config.json: its name}
     fixed: dict  # entries of config.json that are the same for all our models
-    defaults: dict  # our values for what a config.json leaves out, if not those of GPTConfig
-    weight_names: dict  # {part of a weight's name in model.py: its name there}, see `rename_weights`
+    defaults: dict  # our values for what a config.json leaves out: those of its class in transformers
+    weight_names: dict  # {part of a weight's name in model.py: its name there}
+
+    def their_name(self, name):
+        """Return the name there of a weight of model.py.
+
+        Example: blocks.3.attn.q.weight is model.layers.3.self_attn.q_proj.weight in a Llama.
+        """
+        blocks, layer, module, kind = re.fullmatch(r'(?:(.*?)\.(\d+)\.)?(.*)\.(.*)', name).groups()
+        theirs = f'{self.weight_names[module]}.{kind}'
+        if layer is None:
+            return theirs
+        return f'{self.weight_names[blocks]}.{layer}.{theirs}'
 
     def rename_to_theirs(self, weights):
         """Return our weights under their names."""
-        return rename_weights(weights, self.weight_names)
+        return {self.their_name(name): w for name, w in weights.items()}
 
-    def rename_to_ours(self, weights):
-        """Return their weights under our names. Raises ValueError if a name has another form."""
-        our_names = {theirs: ours for ours, theirs in self.weight_names.items()}
-        return rename_weights(weights, our_names)
+    def usual_name(self, name):
+        """Return the name that transformers gives a weight, whatever it was wrapped in when it was saved.
+
+        Example: both layers.3.mlp.up_proj.weight and _orig_mod.module.model.layers.3.mlp.up_proj.weight are
+        model.layers.3.mlp.up_proj.weight in a Llama. Other names are returned as they are.
+        """
+        parts = [part for part in name.split('.') if part not in WRAPPERS]
+        while parts and parts[0] in WRAPPERS_IN_FRONT:
+            parts.pop(0)
+        for ours in TOP_LEVEL:
+            theirs = self.weight_names.get(ours)
+            if theirs and parts and theirs.split('.')[-1] == parts[0]:
+                return '.'.join([theirs, *parts[1:]])
+        return name
 
 
 class GPT2Family(Family):
     """GPT-2 has queries, keys and values in one tensor, c_attn."""
 
-    def rename_to_theirs(self, weights):
-        fused = dict(weights)
-        for name in weights:
-            if '.attn.q.' in name:
-                q, k, v = (weights[name.replace('.q.', f'.{part}.')] for part in 'qkv')
-                fused[name.replace('.q.', '.qkv.')] = torch.cat((q, k, v))
-        return super().rename_to_theirs(fused)
+    def their_name(self, name):
+        return super().their_name(re.sub(r'\.attn\.[qkv]\.', '.attn.qkv.', name))
 
-    def rename_to_ours(self, weights):
-        """Raises ValueError if a name has another form, or c_attn does not divide by three."""
-        ours = {}
-        for name, w in super().rename_to_ours(weights).items():
-            if '.qkv.' not in name:
-                ours[name] = w
-                continue
-            if w.dim() == 0 or len(w) == 0 or len(w) % 3 != 0:
-                raise ValueError(f'c_attn has the shape {[*w.shape]}')
-            for part, rows in zip('qkv', w.chunk(3), strict=True):
-                ours[name.replace('.qkv.', f'.{part}.')] = rows
-        return ours
+    def rename_to_theirs(self, weights):
+        theirs = {}
+        fused = {}
+        for name, w in weights.items():
+            if '.attn.q.' in name:
+                k = weights[name.replace('.q.', '.k.')]
+                v = weights[name.replace('.q.', '.v.')]
+                fused[self.their_name(name)] = torch.cat((w, k, v))
+            elif '.attn.k.' not in name and '.attn.v.' not in name:
+                theirs[self.their_name(name)] = w
+        return theirs | fused
 
 
 LLAMA = Family(
@@ -66,8 +108,20 @@ LLAMA = Family(
         'norm_eps': 'rms_norm_eps',
         'rope_theta': 'rope_theta',
     },
+    aliases={},
     fixed={'model_type': 'llama', 'hidden_act': 'silu', 'rope_type': 'default'},
-    defaults={'tie_embeddings': False, 'norm_eps': 1e-6},
+    defaults={
+        'block_size': 2048,
+        'vocab_size': 32000,
+        'n_layer': 32,
+        'n_head': 32,
+        'n_embd': 4096,
+        'mlp_width': 11008,
+        'bias': False,
+        'tie_embeddings': False,
+        'norm_eps': 1e-6,
+        'rope_theta': 10000.0,
+    },
     weight_names={
         'embedding': 'model.embed_tokens',
         'norm': 'model.norm',
@@ -98,13 +152,27 @@ GPT2 = GPT2Family(
         'tie_embeddings': 'tie_word_embeddings',
         'norm_eps': 'layer_norm_epsilon',
     },
+    aliases={
+        'max_position_embeddings': 'n_positions',
+        'num_hidden_layers': 'n_layer',
+        'num_attention_heads': 'n_head',
+        'hidden_size': 'n_embd',
+    },
     fixed={
         'model_type': 'gpt2',
         'activation_function': 'gelu_new',
         'scale_attn_weights': True,
         'scale_attn_by_inverse_layer_idx': False,
     },
-    defaults=GPT2_BLOCK,
+    defaults=GPT2_BLOCK | {
+        'block_size': 1024,
+        'vocab_size': 50257,
+        'n_layer': 12,
+        'n_head': 12,
+        'n_embd': 768,
+        'tie_embeddings': True,
+        'norm_eps': 1e-5,
+    },
     weight_names={
         'embedding': 'transformer.wte',
         'position': 'transformer.wpe',
@@ -131,25 +199,3 @@ def required_block(config):
         return LLAMA.block
     return GPT2.block | {'n_kv_head': config.n_head}  # GPT-2 has no grouped queries
 
-
-def rename_weights(weights, names):
-    """Return a dict of those weights whose names consist of parts that `names` maps, under the new names.
-
-    Example: with {'blocks': 'model.layers', 'attn.q': 'self_attn.q_proj'}, blocks.3.attn.q.weight becomes
-    model.layers.3.self_attn.q_proj.weight. Raises ValueError if a name has another form.
-    """
-    renamed = {}
-    for name, w in weights.items():
-        match = re.fullmatch(r'(?:(.*?)\.(\d+)\.)?(.*)\.(.*)', name)
-        if match is None:
-            raise ValueError(f'it has a weight {name!r}, which no model of this project has')
-        blocks, layer, module, kind = match.groups()
-        if module not in names:
-            continue
-        new_name = f'{names[module]}.{kind}'
-        if layer is not None:
-            if blocks not in names:
-                continue
-            new_name = f'{names[blocks]}.{layer}.{new_name}'
-        renamed[new_name] = w
-    return renamed

@@ -1,29 +1,36 @@
 """GGUF, the single file of llama.cpp: Llama's block or GPT-2's in 32, 16 or 8 bits, with the tokenizer."""
 
-import json
-import urllib.request
-
 import numpy as np
 import torch
 
 from data.tokenizer import MAX_VOCAB_SIZE, SPACE_MARK
 from formats import base
 from formats.families import family_of, required_block
+from formats.llamacpp import Server
 from formats.pieces import gpt2_merges, pieces_of
 from model import GPTConfig
 
+DESCRIPTION = 'a model of stories, written by export.py'  # tells our files from others
 Q8_0_GROUP = 32  # neighbours that share a scale
 
 
 class GGUF(base.Format):
     reader = 'llama.cpp (xllamacpp)'
-    magic = b'GGUF'
+    dtypes = 'f32', 'f16', 'q8_0'
 
     def __init__(self, dtype='f32'):
         """dtype: f32, f16 or q8_0, for the matrices; everything else is float32."""
         self.dtype = dtype
+
+    @property
+    def max_kl(self):
         # f32 is not exact either: llama.cpp looks GELU up in a table of float16
-        self.max_kl = 0.05 if dtype == 'q8_0' else 1e-4
+        return 0.05 if self.dtype == 'q8_0' else 1e-4
+
+    def recognizes(self, path):
+        with open(path, 'rb') as file:
+            start = file.read(1024)
+        return start.startswith(b'GGUF') and DESCRIPTION.encode() in start
 
     def incompatibilities(self, config, tokenizer):
         found = base.block_incompatibilities(config, required_block(config))
@@ -47,7 +54,8 @@ class GGUF(base.Format):
 
         writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
         file_type = gguf.LlamaFileType['ALL_F32' if self.dtype == 'f32' else f'MOSTLY_{dtype.name}']
-        metadata = describe_tokenizer(tokenizer) | describe_model(config, file_type)
+        metadata = {'description': DESCRIPTION}  # first, where `recognizes` looks for it
+        metadata |= describe_tokenizer(tokenizer) | describe_model(config, file_type)
         for name, value in metadata.items():
             add = getattr(writer, f'add_{name}')  # as in writer.add_context_length(256)
             add(value)
@@ -66,26 +74,7 @@ class GGUF(base.Format):
 
     def read(self, path, exact=True):
         """Start llama.cpp's server. exact: it computes in float32 and without approximations."""
-        import xllamacpp
-
-        params = xllamacpp.CommonParams()
-        params.model.path = str(path)
-        params.n_gpu_layers = 0
-        params.n_ctx = 0  # the context length of the model
-        params.n_parallel = 1
-        params.verbosity = -1
-        params.warmup = False
-        params.ui = False
-        params.cpuparams.n_threads = torch.get_num_threads()
-        params.cpuparams_batch.n_threads = torch.get_num_threads()
-        flash_attention = xllamacpp.llama_flash_attn_type
-        if exact:
-            params.flash_attn_type = flash_attention.LLAMA_FLASH_ATTN_TYPE_DISABLED
-            params.cache_type_k = xllamacpp.ggml_type.GGML_TYPE_F32
-            params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        else:
-            params.flash_attn_type = flash_attention.LLAMA_FLASH_ATTN_TYPE_ENABLED
-        self.server = xllamacpp.Server(params)
+        self.server = Server(path, torch.get_num_threads(), exact)
         ids = self.encode('a')
         self.letter = ids[-1]  # the token of an ordinary letter
         self.prefix = ''
@@ -112,10 +101,10 @@ class GGUF(base.Format):
 
     def ask(self, endpoint, **question):
         """Post a question to llama.cpp's server and return its answer, both JSON objects."""
-        request = urllib.request.Request(self.server.listening_address + endpoint,
-                                         json.dumps(question).encode(), {'Content-Type': 'application/json'})
-        with urllib.request.urlopen(request) as answer:
-            return json.load(answer)
+        return self.server.ask(endpoint, question)
+
+    def close(self):
+        self.server.stop()
 
 
 def describe_model(config, file_type):

@@ -19,7 +19,9 @@ import torch
 
 from configurator import UserError, user_errors
 from core.checkpoint import parameter_shapes
-from data.tokenizer_files import BYTE, NORMAL, read_tokenizer
+from data.files import refuse_stand_in
+from data.sentencepiece_file import BYTE, NORMAL
+from data.tokenizer_files import read_tokenizer
 from formats import base
 from formats.families import LLAMA
 from formats.pieces import pieces_of
@@ -29,6 +31,7 @@ MAGIC = 0x616B3432
 HEADER_BYTES = 256  # in versions 1 and 2
 HEADER_FIELDS = 'n_embd', 'mlp_width', 'n_layer', 'n_head', 'n_kv_head', 'vocab_size', 'block_size'
 GROUP_SIZE = 64  # numbers that share a scale, or fewer if 64 does not divide the widths
+LAST_PIECE = b'\0<middle>'  # the end of a tokenizer.bin, tells ours from others
 NEVER_MERGED = -1e10  # the score of a piece that `run` must not make by merging
 
 # The tensors of a file by our names, in order; {} stands for a layer, and those of all layers follow one
@@ -62,6 +65,7 @@ class Llama2c(base.Importer):
 
     def __init__(self, int8=False):
         self.int8 = int8
+        self.dtypes = ('int8',) if int8 else ('f32',)
         self.max_kl = 0.05 if int8 else 1e-6
 
     def incompatibilities(self, config, tokenizer):
@@ -75,21 +79,25 @@ class Llama2c(base.Importer):
     def write(self, path, checkpoint, tokenizer):
         config = GPTConfig(**checkpoint['config'])
         weights = base.to_interleaved(config, base.own_weights(checkpoint))
-        angles = position_angles(config.block_size, config.head_dim, config.rope_theta)
-        weights['rotation'] = torch.cat((angles.cos(), angles.sin()))
+        weights['rotation'] = rotation_table(config)
         write_model(path / 'model.bin', config, weights, self.int8)
         write_tokenizer(path / 'tokenizer.bin', tokenizer)
+
+    def recognizes(self, path):
+        vocabulary = path / 'tokenizer.bin'
+        return vocabulary.is_file() and vocabulary.read_bytes().endswith(LAST_PIECE)
 
     def read(self, path):
         super().read(path / 'model.bin')
 
     def load_weights(self, path):
         """Read a .bin of any version. Raises UserError if its length is not what its header says."""
+        refuse_stand_in(path)
         with user_errors(path):
             file = io.BytesIO(path.read_bytes())  # never gives more than there is, whatever the header claims
             config, version, group_size = read_header(file)
             weights = read_weights(file, config, version, group_size)
-        weights.pop('rotation', None)
+            check_rotation(config, weights.pop('rotation', None))
         return config, base.from_interleaved(config, weights)
 
     def load_tokenizer(self, path):
@@ -99,6 +107,12 @@ class Llama2c(base.Importer):
             raise UserError(f'{path.parent} has no tokenizer.bin and no tokenizer.model: '
                             'put the tokenizer of this model there')
         return tokenizer
+
+
+def rotation_table(config):
+    """Return the cosines, then the sines of all positions: (2 * block_size, head_dim / 2)."""
+    angles = position_angles(config.block_size, config.head_dim, config.rope_theta)
+    return torch.cat((angles.cos(), angles.sin()))
 
 
 # writing ----------------------------------------------------------------------
@@ -187,6 +201,12 @@ def read_header(file):
     if version not in (0, 1, 2) or (version == 2) != (group_size > 0) or 0 in sizes.values():
         raise ValueError(f'version {version}, group size {group_size}, {sizes}')
     return GPTConfig(**sizes, tie_embeddings=is_tied), version, group_size
+
+
+def check_rotation(config, rotation):
+    """Raise ValueError unless a file's table of rotations, or None, is the one that the config gives."""
+    if rotation is not None and not torch.allclose(rotation, rotation_table(config), atol=0.05):
+        raise ValueError(f'its table of rotary positions is not for a rope_theta of {config.rope_theta:g}')
 
 
 def read_weights(file, config, version, group_size):

@@ -8,8 +8,9 @@ import base64
 import json
 from itertools import pairwise
 
-from data.tokenizer import SPACE_MARK
-from data.tokenizer_files import CONTROL, FIRST, GPT2_BYTES, INFILLING, NORMAL, UNUSED
+from data.hf_tokenizer import GPT2_BYTES
+from data.sentencepiece_file import CONTROL, NORMAL, SPACE_MARK, UNUSED
+from data.tokenizer_files import FIRST, INFILLING
 
 
 def pieces_of(tokenizer):

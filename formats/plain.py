@@ -4,6 +4,7 @@ import json
 
 from configurator import UserError, user_errors
 from core.checkpoint import config_of
+from data.files import refuse_stand_in
 from data.tokenizer import FILE_NAMES
 from data.tokenizer_files import read_tokenizer
 from formats import base
@@ -13,23 +14,37 @@ FORMAT_NAME = 'stories'  # in config.json, tells our files from Hugging Face's
 
 class Safetensors(base.Importer):
     files = ('config.json', 'model.safetensors', *FILE_NAMES)
+    dtypes = tuple(base.DTYPES)
+
+    def __init__(self, dtype='f32'):
+        """dtype: f32, f16 or bf16, for all weights."""
+        self.dtype = dtype
+
+    @property
+    def max_kl(self):
+        return base.MAX_KL[self.dtype]
 
     def write(self, path, checkpoint, tokenizer):
-        from safetensors.torch import save_file
-
-        save_file(base.own_weights(checkpoint), path / 'model.safetensors')
+        weights = base.own_weights(checkpoint, self.dtype)
+        base.write_safetensors(path / 'model.safetensors', weights)
         about = {'format': FORMAT_NAME, 'config': checkpoint['config'], 'encoding': tokenizer.encoding,
                  'tokenizer_file': tokenizer.file_name, 'delimiter': tokenizer.delimiter,
                  'blank': tokenizer.blank, 'middle': tokenizer.middle}
         (path / 'config.json').write_text(json.dumps(about, indent=1) + '\n', encoding='utf-8')
         tokenizer.save(path)
 
+    def recognizes(self, path):
+        return base.entry_of_config(path, 'format') == FORMAT_NAME
+
     def load_weights(self, path):
         from safetensors.torch import load_file
 
         config = read_config(path)
-        with user_errors(path / 'model.safetensors'):
-            return config, load_file(path / 'model.safetensors')
+        file = path / 'model.safetensors'
+        if file.is_file():
+            refuse_stand_in(file)
+        with user_errors(file):
+            return config, load_file(file)
 
     def load_tokenizer(self, path):
         """Read the tokenizer. Raises UserError if there is none, or it belongs to another model."""

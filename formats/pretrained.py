@@ -4,6 +4,7 @@ from pathlib import Path
 
 from configurator import UserError
 from core.checkpoint import load_checkpoint
+from data.files import refuse_stand_in
 from data.tokenizer import tokenizer_from_state
 from data.tokenizer_files import in_cache, is_llama2c_model
 from formats.base import read_json_object
@@ -24,9 +25,12 @@ def load_pretrained(path):
     Raises UserError if it is none of these, or damaged.
     """
     path = in_cache(Path(path))
+    if path.is_file():
+        refuse_stand_in(path)
     checkpoint_file = find_checkpoint(path)
     if checkpoint_file is not None:
         return load_checkpoint(checkpoint_file)
+    check_is_whole_model(path)
     importer = find_importer(path)
     if importer is None:
         raise UserError(f'{path} does not hold a model: name the folder of a run (with best.pt), a Hugging '
@@ -51,6 +55,16 @@ def find_checkpoint(path):
         if (path / name).is_file():
             return path / name
     return None
+
+
+def check_is_whole_model(path):
+    """Raise UserError if `path` has only a part of a model."""
+    if (path / 'adapter_config.json').is_file():
+        raise UserError(f'{path} holds an adapter (adapter_config.json): merge it into its model '
+                        '(merge_and_unload of peft), save that, and name its folder')
+    is_weights = path.suffix == '.safetensors' or path.name.startswith('pytorch_model')
+    if is_weights and (path.parent / 'config.json').is_file():
+        raise UserError(f'{path} is one file of a model: name its folder, {path.parent}')
 
 
 def find_importer(path):

@@ -30,9 +30,10 @@ import torch
 
 from configurator import SettingError, configure, in_range, one_of, run
 from core.checkpoint import load_checkpoint, load_model
-from core.device import DTYPES, choose_device, choose_dtype, configure_memory
+from core.device import DTYPES, choose_device, choose_dtype
 from core.generate import generate
 from core.kernels import use_fast_cpu_kernels
+from core.memory import configure_memory
 from core.quantize import to_int8
 from data.shards import read_meta
 from formats.page.page import HTML
@@ -405,9 +406,10 @@ def encodings():
     The context has equally many tokens, not bytes: then a token costs the same, except for the vocabulary.
     How far back the tokens reach is part of what an encoding gives.
     """
-    source, val_percentage = 'sample', 1
+    source, val_percentage = 'sample', 0
     if text:
         source = Path(text).resolve()
+    if text and source.is_file():
         val_percentage = min(10, 1e7 / max(source.stat().st_size, 1))  # about 100 KB
     found = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -24,10 +24,11 @@ from tqdm import tqdm
 
 from configurator import SettingError, UserError, configure, in_range, one_of, run
 from core.checkpoint import FILES, RunFolder, load_model
-from core.device import DTYPES, choose_device, choose_dtype, configure_memory
+from core.device import DTYPES, choose_device, choose_dtype
 from core.evaluate import Evaluator, count_loss, evaluate, find_infill_rows
 from core.generate import first_words, generate_stories
 from core.kernels import use_fast_cpu_kernels
+from core.memory import configure_memory
 from core.progress import read_run_facts
 from data.files import write_bytes_atomically
 from data.shards import Split, fingerprint, prepared_folder
@@ -51,6 +52,7 @@ ckpt = 'best'  # best (lowest validation loss) or last
 init_from = ''  # instead of out_dir: a checkpoint or a pretrained model, or several, separated by commas
 dataset = ''  # data to evaluate on: a folder under data/, or any path; '': what each run was trained on
 path = ''  # the page to write; '': report.html in the folder of the first run
+overwrite = False  # replace a file at path that is not a report
 num_samples = 100  # stories to write for the figures, and validation stories to compare them with
 max_new_tokens = 1000  # longest story
 temperature = 0.8  # below 1 prefers likely tokens; 0: always take the likeliest
@@ -62,6 +64,7 @@ dtype = 'float32'  # float32, bfloat16, float16 or auto
 
 _SHOWN = 12  # stories on the page, which continue the first words of validation stories
 _CURVES = 'loss', 'val_loss', 'lr', 'val_acc'  # keys of metrics.jsonl that the page draws
+_LARGEST_INT = 2**53  # that JavaScript knows exactly
 _LONG_SOURCE = 4000  # characters of a training story that the page shows whole
 
 
@@ -81,26 +84,59 @@ def check_settings():
 
 def list_names():
     """Return the runs or models to report on, as the user has named them. Raises SettingError."""
-    names = [name.strip() for name in (init_from or out_dir).split(',')]
-    names = [name for name in names if name]
+    names = []
+    parts = (init_from or out_dir).split(',')
+    while parts:
+        n_parts = count_parts_of_first_name(parts)
+        name = ','.join(parts[:n_parts])
+        del parts[:n_parts]
+        if not Path(name).exists():  # then the spaces are next to a comma
+            name = name.strip()
+        if name:
+            names.append(name)
     if not names:
         raise SettingError('there is nothing to report on: name a run with --out_dir')
     return names
 
 
+def count_parts_of_first_name(parts):
+    """Return how many parts the first name of a list has. A name may contain commas, if it is that of a path.
+
+    Example: ['out-lr=1', 'wd=2', 'out-b'] -> 2 if there is a folder out-lr=1,wd=2
+    """
+    for n_parts in range(len(parts), 1, -1):
+        name = ','.join(parts[:n_parts])
+        if Path(name).exists() or Path(name.strip()).exists():
+            return n_parts
+    return 1
+
+
 def page_path(names):
     """Return where to write the page. Raises SettingError if that is not possible."""
-    if path:
-        target = Path(path).resolve()
-    elif init_from:
-        target = Path('report.html').resolve()
+    if path or init_from:
+        target = Path(path or 'report.html').resolve()
+        if not target.parent.is_dir():
+            raise SettingError(f'path {target} is in a folder that does not exist')
     else:
-        return (Path(names[0]) / 'report.html').resolve()  # loading the run says whether its folder exists
-    if not target.parent.is_dir():
-        raise SettingError(f'path {target} is in a folder that does not exist')
-    if target.exists() and not target.is_file():
+        target = (Path(names[0]) / 'report.html').resolve()  # loading the run says whether its folder exists
+    if not target.exists():
+        return target
+    if not target.is_file():
         raise SettingError(f'path {target} is not a file')
+    if not overwrite and not is_report(target):
+        raise SettingError(f'path {target} is not a report: name another --path, or replace it (--overwrite)')
     return target
+
+
+def template():
+    return Path(__file__).resolve().with_name('report_template.html').read_text(encoding='utf-8')
+
+
+def is_report(file):
+    """Return whether a file begins as our reports do, up to the title."""
+    beginning, title, _ = template().partition('<title>Report</title>')
+    beginning = f'{beginning}{title}'.encode()
+    return file.read_bytes().startswith(beginning)
 
 
 # loading ------------------------------------------------------------------------
@@ -282,7 +318,9 @@ def read_curves(model):
     n_tokens = tokens_per_step(model)
     curves = {key: [] for key in _CURVES}
     for record in model.run.records():
-        step = record['iter']
+        step = int(record['iter'])
+        if step * n_tokens > _LARGEST_INT:  # a damaged line
+            continue
         for key in _CURVES:
             if key in record:
                 curves[key].append([step, step * n_tokens, record.get('seconds'), record[key]])
@@ -372,9 +410,9 @@ def make_html(names, rows, runs):
         'table': [{'group': group, 'rows': rows} for group, rows in groups.items()],
         'runs': runs,
     }
-    template = Path(__file__).with_name('report_template.html').read_text(encoding='utf-8')
-    text = json.dumps(data).replace('<', '\\u003c')  # no text of a story can end the script element
-    return template.replace('__DATA__', text)
+    text = json.dumps(data, allow_nan=False)  # JavaScript does not read NaN and Infinity
+    text = text.replace('<', '\\u003c')  # no text of a story can end the script element
+    return template().replace('__DATA__', text)
 
 
 def main():
@@ -398,6 +436,10 @@ def main():
     print(f'look at {target}')
 
 
+def suggest_less_memory():
+    return 'write fewer stories (--num_samples), or use --dtype bfloat16'
+
+
 if __name__ == '__main__':
     configure(globals())
-    run(main, 'write fewer stories (--num_samples), or use --dtype bfloat16')
+    run(main, suggest_less_memory)

@@ -16,11 +16,13 @@ from hashlib import blake2b
 import numpy as np
 
 from configurator import SettingError, UserError, configure, in_range, one_of, run, script_path
+from core.memory import limit_memory
 from data import infill
 from data.shards import ShardWriter, write_dataset_atomically, write_meta
+from data.splits import split_document
 from data.stories import load_stories, map_stories
 from data.story_files import story_format
-from data.tokenizer import BPETokenizer, CharTokenizer, unique_characters
+from data.tokenizer import BPETokenizer, CharTokenizer, VocabSizeError, unique_characters
 from data.tokenizer_files import load_gpt2, open_tokenizer
 
 source = 'roneneldan/TinyStories'  # a name on the Hugging Face hub, a file, a folder, or sample (built in)
@@ -31,7 +33,7 @@ encoding_type = 'auto'  # char, bpe or gpt2; auto is bpe for the built-in corpus
 vocab_size = 0  # size of a new bpe vocabulary, with the 2 infilling tokens; 0: 4096 (built-in corpus: 1536)
 tokenizer = ''  # reuse the tokenizer of a run, folder, pretrained model or file (.txt: its characters)
 data_percentage = 100.0  # percentage of the stories to use; smaller samples are subsets of larger ones
-val_percentage = 1.0  # percentage to hold out for validation if the source has no validation split
+val_percentage = 0.0  # percentage to hold out for validation; 0: the source's own split, or 1 (document: 10)
 infill_rate = 0.0  # fraction of the stories, 0 to 1, from which the model learns to write a missing middle
 out_dir = ''  # where to write; '': data/tiny_stories
 num_proc = 0  # worker processes; 0: one per CPU core
@@ -44,49 +46,68 @@ def main():
     start_time = time.perf_counter()
     check_settings()
     how = story_format(text_column, text_encoding, separator)
-    folder = Path(out_dir or Path(__file__).parent)
+    limit_memory()
+    folder = Path(out_dir or Path(__file__).resolve().parent)
 
     # temporary folders: at the end, the files in `new` replace the old ones; `cache` has intermediate files
     with write_dataset_atomically(folder) as (new, cache):
-        # a given tokenizer is opened first, so that a wrong path shows before a long download
-        enc = load_given_tokenizer()
-        # a DatasetDict with 'train' and perhaps 'validation'; remarks, such as on a test split
-        stories, remark = load_stories(source, cache, how, data_percentage, seed, offline)
-        splits, n_blank = split_stories(stories, cache)
-        if enc is None:
-            enc = train_tokenizer(splits['train'], cache)
+        enc, split_meta, lines = write_dataset(new, cache, how)
 
-        if infill_rate > 0 and sum(stories.num_rows.values()) <= 2:
-            raise UserError(f'{source} is one document, without stories to infill: leave out '
-                            '--infill_rate, or name what is between its stories with --separator')
-
-        split_meta = {}
-        for split in splits:
-            encoded = encode_stories(splits[split], split, enc, infill_rate, cache)
-            split_meta[split] = write_shards(encoded, split, new)
-        if infill_rate > 0 and split_meta['train']['infilled'] == 0:
-            raise UserError(f'no story of {source} can be infilled: leave out --infill_rate')
-        enc.save(new)
-        write_meta(new, enc, source, infill_rate, split_meta)
-
-    n_train, n_val = split_meta['train']['stories'], split_meta['val']['stories']
-    print(f'stories: {n_train:,} for training, {n_val:,} for validation, {n_blank:,} blank')
-    if remark:
-        print(remark)
+    print('\n'.join(lines))
     print_totals(split_meta, enc, time.perf_counter() - start_time)
     print_next_command()
 
 
+def write_dataset(folder, cache, how):
+    """Write all files of the dataset into `folder`. how: a Format, for the files of the source.
+
+    Returns (tokenizer, {split: entry of meta.json}, lines that say where the stories went).
+    The stories are mapped files in `cache`, which Windows cannot remove before this function has returned.
+    """
+    # a given tokenizer is opened first, so that a wrong path shows before a long download
+    enc = load_given_tokenizer()
+    # a DatasetDict with 'train' and perhaps 'validation', or with one 'document'
+    stories, lines = load_stories(source, cache, how, seed, offline)
+    is_document = 'document' in stories
+    if is_document and infill_rate > 0:
+        raise UserError(f'{source} is one document, without stories to infill: leave out --infill_rate, or '
+                        'name what is between its stories with --separator')
+    if is_document:
+        stories, lines[0] = split_document(stories['document'][0]['text'], data_percentage, val_percentage)
+    elif 'validation' in stories and val_percentage > 0:
+        raise SettingError(f'val_percentage {val_percentage:g} has no effect, as {source} has a split for '
+                           f'validation ({lines[0]}): leave it out')
+
+    splits, n_blank = split_stories(stories, cache)
+    if enc is None:
+        enc = train_tokenizer(splits['train'], cache)
+    split_meta = {}
+    for split in splits:
+        encoded = encode_stories(splits[split], split, enc, infill_rate, cache)
+        split_meta[split] = write_shards(encoded, split, folder)
+    if infill_rate > 0 and split_meta['train']['infilled'] == 0:
+        raise UserError(f'no story of {source} can be infilled: leave out --infill_rate')
+    enc.save(folder)
+    write_meta(folder, enc, source, infill_rate, split_meta)
+
+    n_train, n_val = split_meta['train']['stories'], split_meta['val']['stories']
+    stories_line = f'stories: {n_train:,} for training, {n_val:,} for validation, {n_blank:,} blank'
+    return enc, split_meta, [*lines, stories_line]
+
+
 def check_settings():
     """Check the settings. Raises SettingError."""
+    if not source:
+        raise SettingError('source is empty: name a dataset, a file or a folder with stories, or sample')
     one_of(('auto', 'char', 'bpe', 'gpt2'), encoding_type=encoding_type)
     if vocab_size and (wanted_encoding() != 'bpe' or tokenizer):
         raise SettingError('vocab_size is for a new bpe tokenizer: type --encoding_type bpe, no --tokenizer')
     in_range(at_least=0, at_most=2**16, vocab_size=vocab_size)  # tokens are stored in 16 bits
     in_range(above=0, at_most=100, data_percentage=data_percentage)
-    in_range(above=0, below=100, val_percentage=val_percentage)
+    in_range(at_least=0, below=100, val_percentage=val_percentage)
     in_range(at_least=0, at_most=1, infill_rate=infill_rate)
-    in_range(at_least=0, num_proc=num_proc, seed=seed)
+    in_range(at_least=0, at_most=1024, num_proc=num_proc)
+    in_range(at_least=0, seed=seed)
 
 
 def wanted_encoding():
@@ -129,7 +150,7 @@ def split_stories(stories, cache):
     stories = concatenate_datasets([stories, hashes.select_columns('bytes')], axis=1)
     for split, in_split in ('train', ~is_val & ~is_blank), ('val', is_val & ~is_blank):
         if not in_split.any():
-            raise UserError(f'the {split} files of {source} hold no stories: remove them or fill them')
+            raise UserError(f'the {split} split of {source} holds no stories, or only blank ones')
         is_sampled = sample_hash <= data_percentage / 100 * 2.0**64
         is_sampled |= sample_hash == sample_hash[in_split].min()  # at least one story
         splits[split] = stories.select(np.flatnonzero(in_split & is_sampled))
@@ -160,11 +181,12 @@ def to_numpy(dataset, name):
 
 def choose_validation(split_hash, is_blank):
     """Return a mask of the validation stories: the `val_percentage` percent with the lowest hashes."""
+    percentage = val_percentage or 1.0
     lowest = split_hash[~is_blank].min()
     highest = split_hash[~is_blank].max()
     if lowest == highest:
         raise UserError(f'{source} holds only one story, and training and validation need one each')
-    bound = np.uint64(val_percentage / 100 * 2**64)
+    bound = np.uint64(percentage / 100 * 2**64)
     bound = max(bound, lowest)  # at least one story for validation
     bound = min(bound, highest - np.uint64(1))  # and one for training
     return split_hash <= bound
@@ -196,12 +218,16 @@ def train_tokenizer(stories, cache):
     fits = to_numpy(stories, 'bytes')[order].cumsum() <= 100_000_000
     fits[0] = True  # at least one story
     sample = stories.select(np.sort(order[fits]))
-    size = vocab_size
-    if size == 0:
-        # Not 30,000: in a model 288 wide, the embeddings alone would be 8.6M parameters, more than all layers
-        # of a 15M model.
-        size = 1536 if source == 'sample' else 4096
-    return BPETokenizer.train(sample['text'], size)
+    if vocab_size:
+        return BPETokenizer.train(sample['text'], vocab_size)
+    # Not 30,000: in a model 288 wide, the embeddings alone would be 8.6M parameters, more than all layers of
+    # a 15M model.
+    size = 1536 if source == 'sample' else 4096
+    try:
+        return BPETokenizer.train(sample['text'], size)
+    except VocabSizeError as error:
+        print(f'vocab_size: {error.nearest}, because {size} does not suit this text')
+        return BPETokenizer.train(sample['text'], error.nearest)
 
 
 def collect_characters(batch):

@@ -4,10 +4,10 @@
     python data/token_files/prepare.py --source nanoGPT/data/shakespeare_char --tokenizer input.txt
     python data/token_files/prepare.py --source llama2.c/data/tok4096 --tokenizer tok4096.model
 
-The files are flat uint16. nanoGPT's train.bin and val.bin hold GPT-2's ids, or numbers of characters: the
-place of each in the sorted characters of the text, so give this text (a .txt) as the tokenizer. (nanoGPT's
-meta.pkl says the same, but reading a pickle runs code.) llama2.c's data00.bin, data01.bin, ... hold ids of a
-sentencepiece model; the first file is for validation.
+The files are flat uint16, without a header. nanoGPT's train.bin and val.bin hold GPT-2's ids, or numbers of
+characters: the place of each in the sorted characters of the text, so give this text (a .txt) as the
+tokenizer. (nanoGPT's meta.pkl says the same, but reading a pickle runs code.) llama2.c's data00.bin,
+data01.bin, ... hold ids of a sentencepiece model; the first file is for validation.
 """
 
 import sys
@@ -15,11 +15,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the repository, for the imports below
 
+import re
 import shlex
+import struct
 
 import numpy as np
 
 from configurator import SettingError, UserError, configure, in_range, one_of, run, script_path
+from data.files import refuse_stand_in
 from data.shards import ShardWriter, write_dataset_atomically, write_meta
 from data.tokenizer_files import load_gpt2, open_tokenizer
 
@@ -27,18 +30,29 @@ source = ''  # the folder of the token files
 tokenizer = ''  # what made the tokens: a run, prepared folder, pretrained model, file, or nanoGPT's .txt
 encoding_type = 'auto'  # gpt2 for GPT-2's vocabulary without a --tokenizer; auto: that of the tokenizer
 data_percentage = 100.0  # percentage of each split's tokens to use, from its start
-val_percentage = 1.0  # percentage of the tokens, at the end, for validation if there is no file for it
+val_percentage = 0.0  # percentage of the tokens, at the end, for validation; 0: 1, or the files for it
 out_dir = ''  # where to write; '' is the folder of this script
 offline = False  # never use the network: read GPT-2's vocabulary from a cache
 
 _CHUNK = 1 << 22  # tokens read at a time
+
+# How files begin that are not flat tokens: {first bytes: what they are}
+_HEADERS = {
+    struct.pack('<i', 20240520): 'has the header of llm.c and modded-nanogpt: leave out its first 1,024 '
+                                 'bytes, with tail -c +1025 FILE > FOLDER/train.bin',
+    struct.pack('<i', 20240801): "has llm.c's header for tokens of 4 bytes, which do not fit uint16",
+    b'LITPKDS': "has the header of litgpt's packed datasets",
+    b'\x93NUMPY': 'is an .npy file: remove its header, with numpy.load(FILE).tofile(FOLDER/train.bin)',
+    b'PK\x03\x04': 'is a zip archive, such as a model of torch',
+    b'\x1f\x8b': 'is compressed: unpack it with gunzip',
+}
 
 # -----------------------------------------------------------------------------
 
 def main():
     check_settings()
     files = find_token_files(Path(source))
-    folder = Path(out_dir or Path(__file__).parent)
+    folder = Path(out_dir or Path(__file__).resolve().parent)
     with write_dataset_atomically(folder) as (new, _):
         enc = load_tokenizer()
         our_ids = ids_of_their_tokens(enc)
@@ -51,8 +65,8 @@ def main():
         write_meta(new, enc, source, 0.0, split_meta)
         sample = enc.decode(np.fromfile(new / 'val_00000.bin', '<u2', 40))
 
-    names = ', '.join(file.name for file in files['train'] + files['val'])
-    print(f'tokens of {names[:200]}, such as {sample!r} (if this is not text, another tokenizer made them)')
+    print_files(files)
+    print(f'the first of validation: {sample!r} (if this is not text, another tokenizer made them)')
     if n_unknown:
         print(f'lost: {n_unknown:,} tokens are unknown, and stand for no text')
     n_tokens = split_meta['train']['tokens'] + split_meta['val']['tokens']
@@ -69,7 +83,7 @@ def check_settings():
         raise SettingError('name the tokenizer that made the tokens: --tokenizer and its path (for the '
                            'characters of nanoGPT, their .txt), or --encoding_type gpt2')
     in_range(above=0, at_most=100, data_percentage=data_percentage)
-    in_range(above=0, below=100, val_percentage=val_percentage)
+    in_range(at_least=0, below=100, val_percentage=val_percentage)
 
 
 def load_tokenizer():
@@ -83,38 +97,93 @@ def load_tokenizer():
 
 
 def find_token_files(folder):
-    """Return {'train': paths, 'val': paths}. Raises UserError if the folder has no token files."""
+    """Return {'train': paths, 'val': paths, 'unused': paths} of a folder.
+
+    Raises UserError if files for training are missing, or a file is not flat uint16.
+    """
+    if folder.is_file():
+        raise UserError(f'{folder} is a file: name its folder, with train*.bin and val*.bin, or data*.bin')
     files = sorted(file for file in folder.glob('*.bin') if file.is_file())
-    train = [file for file in files if file.stem.startswith('train')]
-    val = [file for file in files if file.stem.startswith('val')]
-    shards = [file for file in files if file.stem.startswith('data')]  # llama2.c's
+    train = [file for file in files if re.match('train(?![a-z])', file.stem)]
+    val = [file for file in files if re.match('val(?![a-z])', file.stem)]
+    shards = [file for file in files if re.match('data(?![a-z])', file.stem)]  # llama2.c's
     if not train and not val and len(shards) > 1:
         val, train = shards[:1], shards[1:]
     elif not train and not val:
         train = shards
+    unused = [file for file in files if file not in train + val]
+    if not train and files:
+        raise UserError(f'{folder} has {files[0].name}, but no train*.bin (or data*.bin): name the files for '
+                        'training so')
     if not train:
         raise UserError(f'{folder} holds no token files: train*.bin and val*.bin, or data*.bin')
     for file in train + val:
-        size = file.stat().st_size
-        if size % 2:
-            raise UserError(f'{file} has {size:,} bytes: tokens of uint16 have two each')
+        check_layout(file)
     if val and not any(file.stat().st_size for file in val):
         raise UserError(f'{val[0]} is empty: remove it, and the end of the others is for validation')
-    return {'train': train, 'val': val}
+    if val and val_percentage > 0:
+        raise SettingError(f'val_percentage is for files without a validation split, but {folder} has '
+                           f'{val[0].name}: leave it out, or move that file away')
+    return {'train': train, 'val': val, 'unused': unused}
+
+
+def check_layout(path):
+    """Raise UserError unless a file is flat uint16, as far as its size, beginning and pattern show."""
+    refuse_stand_in(path)
+    size = path.stat().st_size
+    with open(path, 'rb') as file:
+        start = file.read(16)
+    for beginning, what in _HEADERS.items():
+        if start.startswith(beginning):
+            raise UserError(f"{path} {what.replace('FILE', shlex.quote(str(path)))}")
+    if size % 2:
+        raise UserError(f'{path} has {size:,} bytes: tokens of uint16 have two each')
+    width = token_width(np.fromfile(path, '<u2', _CHUNK))
+    if width > 2:
+        raise UserError(
+            f'{path} has {width} bytes for each token, where two are expected: write the tokens into another '
+            f"folder, with numpy.fromfile('{path}', 'uint{8 * width}').astype('uint16').tofile(...); ids "
+            'above 65,535 do not fit')
+
+
+def token_width(numbers):
+    """Return how many bytes each token of a file has (2, 4 or 8), seen from its first uint16 numbers.
+
+    Example: in 4 bytes each, the tokens 5, 70000, 9 are the numbers 5, 0, 4464, 1, 9, 0. Those at odd places
+    are at most 3 (no vocabulary has 2**18 tokens), and the others are larger. In 8 bytes each, only every
+    fourth number is larger.
+    """
+    numbers = numbers[:len(numbers) // 4 * 4].reshape(-1, 4)
+    if len(numbers) < 4:  # too few to tell
+        return 2
+    highest = numbers.max(axis=0)
+    if highest[1] > 3 or highest[3] > 3 or highest[0] <= 3:
+        return 2
+    return 8 if highest[2] == 0 else 4
+
+
+def print_files(files):
+    """Print which files are for training and for validation, and which are not used."""
+    names = {use: ', '.join(file.name for file in paths)[:200] for use, paths in files.items()}
+    val = names['val'] or f"the last {val_percentage or 1:g}% of these tokens"
+    print(f"training: {names['train']}; validation: {val}")
+    if names['unused']:
+        print(f"not used: {names['unused']}")
 
 
 def split_tokens(files):
     """Return {split: its tokens}, as `token_chunks` yields them.
 
-    Without files for validation, these are the last `val_percentage` percent of the tokens. Of each split,
-    the first `data_percentage` percent are taken. Raises UserError if a split has fewer than two tokens.
+    Without files for validation, these are the last `val_percentage` percent of the tokens (0: 1 percent). Of
+    each split, the first `data_percentage` percent are taken. Raises UserError if a split has fewer than two
+    tokens.
     """
     n_train = count_tokens(files['train'])
     n_val = count_tokens(files['val'])
     if n_val:
         parts = {'train': (files['train'], 0, n_train), 'val': (files['val'], 0, n_val)}
     else:
-        cut = n_train - max(2, int(n_train * (val_percentage / 100)))
+        cut = n_train - max(2, int(n_train * ((val_percentage or 1) / 100)))
         parts = {'train': (files['train'], 0, cut), 'val': (files['train'], cut, n_train)}
     splits = {}
     for split, (paths, start, stop) in parts.items():

@@ -27,7 +27,8 @@ from formats import base
 from formats.page.vocabulary import page_vocabulary
 from model import GPTConfig
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).resolve().parent
+BEGINNING = b'<!DOCTYPE html><html lang="en">\n<!-- stories -->'  # of our pages, tells them from others
 
 
 class HTML(base.Format):
@@ -38,7 +39,7 @@ class HTML(base.Format):
     """
 
     reader = 'its own scripts under Node'
-    magic = b'<!DOCTYPE html><html lang="en">\n<!-- stories -->'
+    dtypes = ('int8',)
     max_kl = 0.05
 
     def write(self, path, checkpoint, tokenizer, validation_loss='not measured'):
@@ -58,6 +59,10 @@ class HTML(base.Format):
         }
         page = assemble_page(about, worker_script(), base64.b64encode(compress(weights)).decode())
         path.write_bytes(page.encode())
+
+    def recognizes(self, path):
+        with open(path, 'rb') as file:
+            return file.read(len(BEGINNING)) == BEGINNING
 
     def read(self, path):
         """Start Node, which answers questions about the page until our end of the pipe closes."""
@@ -81,6 +86,10 @@ class HTML(base.Format):
 
     def decode(self, ids):
         return self.ask('decode', ids=ids)
+
+    def close(self):
+        self.node.kill()
+        self.node.wait()
 
 
 def assemble_page(about, worker, weights):

@@ -5,8 +5,9 @@ import json
 import struct
 
 from configurator import UserError
+from data.hf_tokenizer import GPT2_BYTES
+from data.sentencepiece_file import CONTROL, NORMAL, UNUSED
 from data.tokenizer import BYTE_PIECES, FIRST_BYTE
-from data.tokenizer_files import CONTROL, GPT2_BYTES, NORMAL, UNUSED
 from formats.pieces import pieces_of
 
 # numbers in sentencepiece_model.proto

@@ -2,8 +2,10 @@
 
 The processes are forked from one that has already imported what is slow. Two things differ from a user's
 process: there is one thread, and with MPLBACKEND='' no loss.png is drawn, which would take most of the time.
+With LIKE_WINDOWS=1 a file that is open or mapped cannot be removed or replaced.
 """
 
+import contextlib
 import gc
 import json
 import multiprocessing
@@ -17,6 +19,7 @@ from pathlib import Path
 
 from data.shards import ShardWriter
 from data.tokenizer import CharTokenizer
+from tests.helpers.windows import windows_files
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -96,7 +99,9 @@ def run_script(words, folder, cwd, environment):
     torch.set_num_threads(1)
     sys.argv = once(words)
     sys.path.insert(0, str(ROOT))
-    runpy.run_path(str(ROOT / words[0]), run_name='__main__')
+    file_system = windows_files() if environment.get('LIKE_WINDOWS') else contextlib.nullcontext()
+    with file_system:
+        runpy.run_path(str(ROOT / words[0]), run_name='__main__')
 
 
 class Script:
@@ -138,18 +143,30 @@ def script(*words, status=0, cwd=ROOT, **environment):
     return Script(*words, cwd=cwd, **environment).finish(status)
 
 
+def rank_variables(rank, ranks, port=1):
+    """Return the environment variables {name: text} by which torchrun tells a process its rank."""
+    numbers = {'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': ranks, 'LOCAL_WORLD_SIZE': ranks,
+               'MASTER_PORT': port}
+    return {'MASTER_ADDR': 'localhost'} | {name: str(number) for name, number in numbers.items()}
+
+
 def on_ranks(ranks, *words, program='train.py'):
     """Run a script on several ranks until all have ended, without torchrun; return what rank 0 prints."""
-    import torch.distributed as dist
-
-    store = dist.TCPStore('localhost', 0, is_master=True, wait_for_workers=False)
-    runs = []
-    for rank in range(ranks):
-        environment = {
-            'RANK': rank, 'LOCAL_RANK': rank, 'WORLD_SIZE': ranks, 'LOCAL_WORLD_SIZE': ranks,
-            'MASTER_ADDR': 'localhost', 'MASTER_PORT': store.port, 'TORCHELASTIC_USE_AGENT_STORE': True}
-        environment = {name: str(value) for name, value in environment.items()}
-        runs.append(Script(program, *words, **environment))
+    runs = start_ranks([(program, *words)] * ranks)
     for run in runs:
         run.finish()
     return runs[0].out
+
+
+def start_ranks(commands):
+    """Start ranks without torchrun, each with a command line of its own; return their Scripts."""
+    import torch.distributed as dist
+
+    ranks = len(commands)
+    store = dist.TCPStore('localhost', 0, is_master=True, wait_for_workers=False)
+    runs = []
+    for rank, words in enumerate(commands):
+        environment = rank_variables(rank, ranks, store.port) | {'TORCHELASTIC_USE_AGENT_STORE': 'True'}
+        runs.append(Script(*words, **environment))
+    runs[0].store = store  # rank 0 keeps it open for the others
+    return runs

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from data.tiny_stories.sample_stories import stories
 from data.tokenizer import BPETokenizer, CharTokenizer
-from data.tokenizer_files import URL, from_gpt2
+from data.tokenizer_files import URL, read_tokenizer
 
 BUILT_IN_STORIES = list(stories(40, 1))
 CORPUS = [
@@ -54,14 +54,14 @@ def small_tokenizer(encoding):
         return CharTokenizer.train(CORPUS)
     if encoding == 'bpe':
         return BPETokenizer.train(CORPUS, 400)
-    return from_gpt2(gpt2_file('encoder.json').read_bytes())
+    return read_tokenizer(gpt2_file('encoder.json'))
 
 
 @cache
 def trained_tokenizer(encoding):
     """Return a tokenizer trained on stories of the built-in corpus; 'lossy' is bpe without bytes."""
     if encoding == 'gpt2':
-        return from_gpt2(gpt2_file('encoder.json').read_bytes())
+        return read_tokenizer(gpt2_file('encoder.json'))
     if encoding == 'char':
         return CharTokenizer.train(BUILT_IN_STORIES[:5])
     if encoding == 'bpe':

@@ -147,7 +147,7 @@ def test_resuming_reads_changed_checkpoints_safely(folder, monkeypatch):
     optimizers = make_optimizers(model, 'muon', 0.01, 0.1, (0.9, 0.95))
     scaler = torch.amp.GradScaler('cpu')
     run_settings = settings_of(vars(train))
-    run = Run(RunFolder(folder, resume=True), model, optimizers, scaler, tokenizer, meta, run_settings)
+    run = Run(RunFolder(folder, resume=True), model, optimizers, scaler, tokenizer, meta, run_settings, '')
     tokens = torch.zeros(1, 4, dtype=torch.long)
     scaler.scale(model(tokens, tokens)).backward()
     for optimizer in optimizers:

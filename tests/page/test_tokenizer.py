@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 
 from data.infill import prompt as infill_prompt
+from data.sentencepiece_file import CONTROL, NORMAL, UNUSED, sentencepiece_model
 from data.tiny_stories.sample_stories import stories
 from data.tokenizer import BPETokenizer
-from data.tokenizer_files import CONTROL, FIRST, NORMAL, UNUSED, sentencepiece_model
+from data.tokenizer_files import FIRST
 from formats.page.vocabulary import USER_DEFINED, page_vocabulary
 from tests.helpers.node import needs_node, run_js
 from tests.helpers.pages import page_tokenizer

@@ -6,8 +6,9 @@ import struct
 import pytest
 
 from configurator import UserError
+from data.sentencepiece_file import CONTROL, NORMAL, UNUSED, sentencepiece_model
 from data.tokenizer import BPETokenizer
-from data.tokenizer_files import CONTROL, FIRST, NORMAL, UNUSED, sentencepiece_model
+from data.tokenizer_files import FIRST
 from formats.page.vocabulary import (
     USER_DEFINED,
     page_vocabulary,

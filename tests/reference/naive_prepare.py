@@ -85,18 +85,25 @@ def source_files(source):
     return parquet or found
 
 
+def split_of(name):
+    """Return what the last part of a path that is called a split says, 'train' if there is none.
+
+    Names such as TinyStories-valid, which say so only next to TinyStories-train, are left to the unit tests.
+    """
+    parts = re.sub(r'\.(gz|txt|csv|tsv|jsonl?|parquet)\b', '', name.lower()).split('/')
+    for part in reversed(parts):
+        if match := re.fullmatch(r'(train|val|valid|validation|dev|eval|test)[-_]?\d*', part):
+            return 'val' if match[1].startswith('val') else match[1]
+    return 'train'
+
+
 def split_names(names):
     """Return the names of the training files, and those of the validation files ([] if there are none)."""
-    train, val, test = [], [], []
-    for name in names:
-        words = re.split('[^a-z]+', name.lower())
-        if 'val' in words or 'valid' in name.lower():
-            val.append(name)
-        elif 'test' in words and 'train' not in words:
-            test.append(name)
-        else:
-            train.append(name)
-    return train, val or test
+    for split in 'val', 'dev', 'eval', 'test':
+        held_out = [name for name in names if split_of(name) == split]
+        if held_out:
+            break
+    return [name for name in names if split_of(name) == 'train'], held_out
 
 
 def read_in_order(paths, column):
@@ -304,7 +311,7 @@ def used_stories(source, column, data_percentage, val_percentage):
     val = read_in_order([files[name] for name in val_names], column)
     document = None if val_names else only_document(files.values(), column)
     if document is not None:
-        cut = int(0.9 * len(document))
+        cut = int(len(document) * (1 - (val_percentage or 10) / 100))
         parts = [document[:cut], document[cut:]]
         share = data_percentage / 100
         parts = [part[:max(1, int(len(part) * share))] for part in parts]
@@ -313,7 +320,7 @@ def used_stories(source, column, data_percentage, val_percentage):
     if val_names:
         sides = [[story for story in side if not is_blank(story)] for side in (train, val)]
     else:
-        sides = by_hash(train, val_percentage)
+        sides = by_hash(train, val_percentage or 1)
     train, val = (take_share(side, data_percentage) for side in sides)
     return {'train': train, 'val': val}, blank, False
 
@@ -333,7 +340,7 @@ def write_split(name, stories, tokenizer, rate, parts_of):
             'infilled': counts['infilled'], 'too_short': counts['too_short'], 'lost': 0}, shard
 
 
-def prepare(source, learn=Char, column='', data_percentage=100.0, val_percentage=1.0, infill_rate=0.0,
+def prepare(source, learn=Char, column='', data_percentage=100.0, val_percentage=0.0, infill_rate=0.0,
             parts_of=sentences):
     """Return {'meta': ..., 'files': {name: bytes}, 'stories': {split: texts}, 'blank': a number}.
 

@@ -33,7 +33,9 @@ def stories_for_infilling(folder, n_tokens, seed, first_letter=20):
 
 
 def flags(values):
-    """Return {name: value} as words of a command line."""
+    """Return {name: value} as words of a command line, which may have one of max_iters and max_epochs."""
+    if values.get('max_epochs'):
+        values = {name: value for name, value in values.items() if name != 'max_iters'}
     return [f'--{name}={value}' for name, value in values.items()]
 
 

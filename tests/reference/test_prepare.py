@@ -74,24 +74,29 @@ def test_folder_with_csv_and_other_files(tmp_path):
     check(tmp_path, tmp_path / 's', val_percentage=10.0)
 
 
-@pytest.mark.parametrize('names, remark', [
-    (['train-1.txt', 'train-0.txt', 'valid.txt'], ''),
-    (['train.jsonl', 'sub/val.jsonl', 'test.jsonl'], 'left out, as a test split: test.jsonl'),
-    (['train.csv', 'test.csv'], 'for validation, as there is no other split: test.csv'),
-    (['a.parquet', 'validation-0.parquet', 'ignored.txt'], '')], ids=str)
-def test_folder_with_a_validation_split(tmp_path, names, remark):
+@pytest.mark.parametrize('names, line', [
+    (['train-1.txt', 'train-0.txt', 'valid.txt'],
+     'training: train-0.txt, train-1.txt; validation: valid.txt'),
+    (['train.jsonl', 'sub/val.jsonl', 'test.jsonl'],
+     'training: train.jsonl; validation: sub/val.jsonl; left out: test.jsonl'),
+    (['train.csv', 'test.csv'], 'training: train.csv; validation: test.csv'),
+    (['train/invalid.txt', 'dev/a.txt', 'b.txt'],
+     'training: train/invalid.txt; also training, as not called a split: b.txt; validation: dev/a.txt'),
+    (['a.parquet', 'validation-0.parquet', 'ignored.txt'],
+     'training: a.parquet; validation: validation-0.parquet')], ids=str)
+def test_folder_with_a_validation_split(tmp_path, names, line):
     for i, name in enumerate(names):
         write(tmp_path / 's' / name, STORIES[30 * i:30 * i + 30])
     found = check(tmp_path, tmp_path / 's', data_percentage=60.0)
     assert found['meta']['splits']['val']['stories'] < 30
-    assert found['printed'][1:2] == [remark] or not remark
+    assert found['printed'][0] == line
 
 
 def test_single_document(tmp_path):
     path = tmp_path / 'book.txt'
     path.write_text('\n' + 'One \u00e9. Two.\n' * 500 + '\n')
     check(tmp_path, path)
-    check(tmp_path, path, data_percentage=10.0)
+    check(tmp_path, path, data_percentage=10.0, val_percentage=30.0)
 
 
 # settings ---------------------------------------------------------------------

@@ -564,6 +564,17 @@ def path_is_where_the_export_goes(world, folder):
     assert 'path is empty' in refused(EXPORT, f'--out_dir={world.run}', '--format=safetensors')
 
 
+@case(EXPORT, 'overwrite')
+def overwrite_replaces_what_export_did_not_write(world, folder):
+    (folder / 'to').mkdir()
+    (folder / 'to' / 'config.json').write_text('{}')
+    words = f'--out_dir={world.run}', '--format=safetensors', f'--path={folder}/to'
+    assert '--overwrite' in refused(EXPORT, *words)
+    assert os.listdir(folder / 'to') == ['config.json']
+    export(*words, '--overwrite')
+    assert (folder / 'to' / 'model.safetensors').exists()
+
+
 @case(EXPORT, 'dtype')
 def dtype_of_the_matrices(world, folder):
     gguf = pytest.importorskip('gguf')
@@ -643,6 +654,15 @@ def path_is_where_the_page_goes(world, folder):
     default.unlink()
     world.reported()
     assert (world.folder / 'settings.html').exists() and not default.exists()
+
+
+@case(REPORT, 'overwrite')
+def overwrite_replaces_what_is_not_a_report(world, folder):
+    (folder / 'thesis.html').write_text('<!DOCTYPE html><html lang="en">')
+    words = f'--out_dir={world.report.run}', f'--path={folder}/thesis.html', '--num_samples=2'
+    assert '--overwrite' in refused(REPORT, *words)
+    for flags in ['--overwrite'], []:  # a report is replaced without asking
+        script(REPORT, *words, *flags, '--max_new_tokens=2')
 
 
 @case(REPORT, 'num_samples')

@@ -93,9 +93,9 @@ WRONG_VALUES = {
     SAMPLE: 'ckpt=old num_samples=0 max_new_tokens=0 temperature=-1 top_k=-1 seed=-1 top_p=0 top_p=2 '
             'dtype=int4 device=tpu min_new_tokens=-1',
     EXPORT: 'format=onnx ckpt=old dtype=int4 path=',
-    PREPARE: 'encoding_type=word data_percentage=0 data_percentage=101 val_percentage=0 val_percentage=100 '
-             'infill_rate=-1 infill_rate=2 num_proc=-1 seed=-1',
-    TOKEN_FILES: 'encoding_type=word data_percentage=0 data_percentage=101 val_percentage=0 '
+    PREPARE: 'encoding_type=word data_percentage=0 data_percentage=101 val_percentage=-1 val_percentage=100 '
+             'infill_rate=-1 infill_rate=2 num_proc=-1 num_proc=2000000 seed=-1',
+    TOKEN_FILES: 'encoding_type=word data_percentage=0 data_percentage=101 val_percentage=-1 '
                  'val_percentage=100',
     REPORT: 'ckpt=old num_samples=1 max_new_tokens=0 temperature=-1 top_p=0 seed=-1 dtype=int8 eval_iters=-1',
     BENCH: 'what=speed shape=7B repeats=0 batch_size=0 steps=0',
@@ -116,6 +116,8 @@ MISTAKES += [
     (TRAIN, '--out_dir file/out', 1, 'file/out --out_dir', file('file')),
     (TRAIN, '--out_dir out', 2, 'out --init_from resume --overwrite --out_dir', file('out/ckpt.pt')),
     (TRAIN, '--init_from nowhere', 1, 'nowhere'),
+    (TRAIN, '--init_from resume --overwrite --out_dir out', 2, 'resume overwrite leave out', run_folder()),
+    (TRAIN, '--max_iters 5 --max_epochs 1', 2, 'max_iters max_epochs leave out'),
     (TRAIN, '--init_from out', 2, 'n_layer 2 out 1', run_folder()),
     (TRAIN, '--init_from resume --out_dir out', 1, 'out/ckpt.pt --out_dir'),
     (TRAIN, '--init_from resume --out_dir out --n_embd 64', 2, 'n_embd 64 16 --out_dir', run_folder()),
@@ -130,6 +132,8 @@ MISTAKES += [
      run_folder(model={'embedding.weight': torch.ones(2, 2, dtype=torch.int8)})),
     (SAMPLE, '--init_from out', 1, 'out tokenizer', run_folder(tokenizer=None)),
     (SAMPLE, '--init_from nowhere', 1, 'nowhere'),
+    (SAMPLE, '--init_from a --out_dir b', 2, 'init_from out_dir leave out'),
+    (SAMPLE, '--init_from a --ckpt last', 2, 'ckpt --out_dir ckpt.pt'),
     (SAMPLE, '--dtype int8', 2, 'int8 32 16', run_folder()),
     (SAMPLE, '--start FILE:nowhere.txt', 1, 'nowhere.txt', run_folder()),
     (SAMPLE, '--start FILE:latin.txt', 1, 'latin.txt UTF-8', run_folder(), file('latin.txt', b'caf\xe9')),
@@ -174,6 +178,13 @@ MISTAKES += [
     (PREPARE, '--separator x --source s.jsonl', 2, 'separator s.jsonl', file('s.jsonl', '{"text": "A"}')),
     (PREPARE, '--separator ===', 1, "s.txt '===' </s> --separator", file('s.txt', 'A.</s>B.')),
     (PREPARE, '--source s', 1, 's val', file('s/train.txt', 'A.'), file('s/val.txt')),
+    (PREPARE, '--source s', 1, 's val.txt test.txt --source', file('s/val.txt', 'A.'),
+     file('s/test.txt', 'B.')),
+    (PREPARE, '--source s --val_percentage 50', 2, 'val_percentage s train.txt dev.txt',
+     file('s/train.txt', 'A.'), file('s/dev.txt', 'B.')),
+    (PREPARE, '--source=', 2, 'source empty'),
+    (PREPARE, '--out_dir hf', 1, 'hf meta.json tokenizer.json --out_dir', file('hf/meta.json', '{}'),
+     file('hf/tokenizer.json', '{}')),
     (PREPARE, '--infill_rate 1', 1, 's.txt --infill_rate', file('s.txt', f'A.{END}B.{END}C.{END}')),
     (PREPARE, '--vocab_size 500', 2, 'vocab_size --encoding_type bpe'),
     (PREPARE, '--encoding_type bpe --vocab_size 70000', 2, '70000 65536'),
@@ -222,6 +233,8 @@ def test_script_reports_a_mistake_in_one_line(
         make()
     # a resumed run has its own settings
     usual_flags = ['--device=cpu'] if '--init_from resume' in flags else USUAL_FLAGS[script]
+    if script == SAMPLE and '--init_from' in flags and '--out_dir' not in flags:
+        usual_flags = ['--device=cpu']
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path / 'none'))
     monkeypatch.setenv('HF_HOME', str(tmp_path / 'none'))
     monkeypatch.setenv('HF_HUB_OFFLINE', '1')

@@ -4,6 +4,7 @@ import csv
 import gzip
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ import datasets
 import numpy as np
 import pytest
 
-from configurator import UserError, settings
+from configurator import SettingError, UserError, settings
 from data import infill, stories
 from data.files import lock_folder
 from data.shards import read_meta
@@ -24,6 +25,7 @@ from data.tiny_stories.sample_stories import stories as built_in_stories
 from data.tokenizer import CharTokenizer, load_tokenizer
 from tests.helpers.hub import Hub
 from tests.helpers.scripts import ROOT, script
+from tests.helpers.windows import windows_files
 
 PREPARE = 'data/tiny_stories/prepare.py'
 DELIMITER = '<|endoftext|>'
@@ -120,6 +122,12 @@ def test_files_with_val_in_their_names_are_the_validation_split(tmp_path, prepar
     assert prepared(write_all(tmp_path / 's', {train: TRAIN, val: VAL})) == {'train': TRAIN, 'val': VAL}
 
 
+def test_val_percentage_is_refused_if_the_source_has_a_validation_split(tmp_path, prepared):
+    source = write_all(tmp_path / 's', {'train.txt': TRAIN, 'dev.txt': VAL})
+    with pytest.raises(SettingError, match=r'val_percentage 50 has no effect, .*validation: dev.txt\)'):
+        prepared(source, val_percentage=50.0)
+
+
 def test_saved_dataset_dict_keeps_its_splits(tmp_path, prepared):
     saved = {split: datasets.Dataset.from_dict({'text': texts})
              for split, texts in (('train', TRAIN), ('validation', VAL))}
@@ -212,6 +220,16 @@ def test_tokenizer_is_trained_on_training_stories_only_and_can_be_reused(tmp_pat
     source, out = write(tmp_path / 'other.txt'), tmp_path / 'second'
     assert both(prepared(source, out, tokenizer=str(tmp_path / 'out'))) == sorted(STORIES)
     assert load_tokenizer(out).state() == enc.state()
+
+
+def test_bpe_takes_the_size_that_fits_if_none_is_given(tmp_path, prepared, capsys):
+    source = write(tmp_path / 's.txt')
+    prepared(source, encoding_type='bpe')
+    printed = capsys.readouterr().out
+    said = re.search(r'^vocab_size: (\d+), because 4096 does not suit this text$', printed, re.MULTILINE)
+    assert load_tokenizer(tmp_path / 'out').vocab_size == int(said[1])
+    with pytest.raises(UserError, match=f'vocab_size 4096 does not suit this text: type at most {said[1]}'):
+        prepared(source, tmp_path / 'second', encoding_type='bpe', vocab_size=4096)
 
 
 def test_infill_rate_rearranges_so_many_stories(tmp_path, prepared, capsys):
@@ -308,6 +326,36 @@ def test_folder_in_use_is_refused(tmp_path, prepared):
     with lock_folder(out, ''), pytest.raises(UserError, match=f'{out} is in use by another process: wait'):
         prepared(tmp_path / 's.txt')
     assert read(out) == before
+
+
+@linux_only
+@pytest.mark.parametrize('num_proc, texts', [(1, STORIES), (2, BIG)], ids=['one process', 'workers'])
+def test_files_are_closed_before_they_are_removed_or_replaced(tmp_path, prepared, num_proc, texts):
+    """Windows cannot remove files in use. Stories lie in mapped files of a temporary folder in out_dir."""
+    source, out = write(tmp_path / 's.jsonl', texts), tmp_path / 'out'
+    with windows_files():
+        for _ in range(2):
+            assert both(prepared(source, num_proc=num_proc)) == sorted(texts)
+        with pytest.raises(UserError, match='vocab_size'):
+            prepared(source, num_proc=num_proc, encoding_type='bpe', vocab_size=60000)
+    assert sorted(os.listdir(out)) == ['.lock', 'meta.json', 'tokenizer.json', 'train_00000.bin',
+                                       'val_00000.bin']
+
+
+@linux_only
+@pytest.mark.parametrize('umask', [0o002, 0o077])
+def test_files_have_the_permissions_that_the_umask_gives(tmp_path, prepared, umask):
+    before = os.umask(umask)
+    try:
+        prepared(write(tmp_path / 's.txt'), tmp_path / 'new/out', encoding_type='bpe', vocab_size=400)
+    finally:
+        os.umask(before)
+    for path in tmp_path / 'new', tmp_path / 'new/out':
+        assert path.stat().st_mode & 0o777 == 0o777 & ~umask, path
+    files = list(tmp_path.glob('new/out/*'))
+    assert len(files) == 5
+    for path in files:
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path
 
 
 def test_seed_chooses_the_built_in_stories(tmp_path, prepared, monkeypatch):

@@ -8,10 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from core.checkpoint import load_checkpoint
-from tests.helpers.scripts import ROOT, SETTINGS, metrics, on_ranks
+from tests.helpers.scripts import ROOT, SETTINGS, metrics, on_ranks, prepare, start_ranks
 
 pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='looks for ranks in /proc')
 
@@ -68,6 +69,21 @@ def test_a_run_goes_on_with_another_number_of_ranks(runs, tmp_path):
         ended.append(metrics(out))
     assert ended[0][-1]['iter'] == 60
     assert_same_losses(*ended)
+
+
+@pytest.mark.parametrize('flag, message', [
+    ('--max_iters=4', 'rank 1 has max_iters 4, but rank 0 has 3: start all ranks with the same command'),
+    ('--seed=5', 'rank 1 has seed 5, but rank 0 has 1337'),
+    ('--dataset=OTHER', 'rank 1 has data with fingerprint ')])
+def test_ranks_that_do_not_agree_are_refused(data, tmp_path, flag, message):
+    """They would train on a mixture, or wait for each other forever."""
+    other = prepare(tmp_path / 'other', train=np.arange(3, 3000, dtype='<u2') % 300)
+    words = ['train.py', *SETTINGS, f'--dataset={data}', '--max_iters=3', f'--out_dir={tmp_path}/out']
+    runs = start_ranks([words, [*words, flag.replace('OTHER', str(other))]])
+    for run in runs:
+        run.finish(status=1)
+        assert message in run.err and run.err.count('\n') == 1
+    assert not (tmp_path / 'out' / 'ckpt.pt').exists()
 
 
 def test_ctrl_c_saves_and_names_the_command(data, tmp_path):

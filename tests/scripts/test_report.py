@@ -241,6 +241,34 @@ def test_path_that_cannot_be_written_is_rejected_at_once(given, tmp_path):
             report.main()
 
 
+@pytest.mark.parametrize('text, names', [
+    ('a,b', ['a', 'b']),
+    ('a, b', ['a', 'b']),
+    ('lr=1,wd=2', ['lr=1,wd=2']),
+    ('a,lr=1,wd=2,b', ['a', 'lr=1,wd=2', 'b']),
+    ('end ', ['end ']),
+    ('end ,a', ['end ', 'a']),
+    ('lr=1,wd=3', ['lr=1', 'wd=3'])])
+def test_list_names_finds_folders_with_commas_and_spaces(given, tmp_path, monkeypatch, text, names):
+    monkeypatch.chdir(tmp_path)
+    for name in 'a', 'b', 'lr=1,wd=2', 'end ':
+        (tmp_path / name).mkdir()
+    given(f'--out_dir={text}')
+    assert report.list_names() == names
+
+
+def test_curves_leave_out_steps_that_are_too_large_for_a_page(run, given, tmp_path):
+    """Infinity is not JSON: the page would stay empty."""
+    shutil.copy(run[0] / 'best.pt', tmp_path)
+    lines = [{'iter': 3, 'loss': 2.0}, {'iter': 1e308, 'loss': 2.0}, {'iter': 10**300, 'loss': 2.0}]
+    (tmp_path / 'metrics.jsonl').write_text('\n'.join(json.dumps(line) for line in lines))
+    given(f'--out_dir={tmp_path}', '--num_samples=2')
+    report.main()
+    assert data_of(tmp_path / 'report.html')['runs'][0]['curves']['loss'] == [[3, 3 * 256, None, 2.0]]
+    with pytest.raises(ValueError, match='not JSON compliant'):
+        report.make_html(['a'], [], [{'curves': math.inf}])
+
+
 # the page -----------------------------------------------------------------------
 
 def test_excerpt_of_a_long_source_has_the_passage():

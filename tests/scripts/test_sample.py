@@ -262,11 +262,12 @@ def test_greedy_stories_are_what_the_weights_say(run, data, tmp_path):
     assert done.out == f'{story}\n---\n{story}\n'
 
 
-def test_ckpt_and_init_from_choose_the_weights(run, write):
+def test_ckpt_and_init_from_choose_the_weights(run, write, monkeypatch):
     """best.pt and ckpt.pt are of different steps; each of them can be named as a file."""
     greedy = {'temperature': 0.0, 'num_samples': 1, 'max_new_tokens': 40}
     torch.save(load_checkpoint(run[0] / 'best.pt'), run[0].parent / 'lone.pt')
     best = write(**greedy, out_dir=str(run[0]))
+    monkeypatch.setattr(sample, '_DEFAULT_OUT_DIR', 'nowhere')
     assert write(**greedy, out_dir='nowhere', init_from=str(run[0].parent / 'lone.pt')) == best
     with pytest.raises(UserError, match='no checkpoint'):
         write(**greedy, ckpt='last')  # the folder of the fixture has best.pt only

@@ -68,14 +68,15 @@ def test_nanogpt_characters_become_ours(prepared, theirs, tmp_path, capsys, monk
         write_tokens(theirs / f'{split}.bin', [CHARS.index(char) for char in text])
     (theirs / 'input.txt').write_text(TEXT, encoding='utf-8')
     (theirs / 'meta.pkl').write_bytes(b'not a pickle')
-    found, meta = prepared(theirs / 'input.txt', val_percentage=25.0)
+    percentage = 0.0 if 'val' in files else 25.0
+    found, meta = prepared(theirs / 'input.txt', val_percentage=percentage)
     enc = load_tokenizer(tmp_path / 'out')
     cut = 1000 if 'val' in files else len(TEXT) * 3 // 4
     assert enc.decode(found['train']) == TEXT[:cut] and enc.decode(found['val']) == TEXT[cut:]
     assert meta['splits']['val']['bytes'] == len(TEXT[cut:].encode())
-    assert f'such as {TEXT[cut:][:40]!r}' in capsys.readouterr().out
+    assert f'the first of validation: {TEXT[cut:][:40]!r}' in capsys.readouterr().out
 
-    half, _ = prepared(theirs / 'input.txt', val_percentage=25.0, data_percentage=50.0)
+    half, _ = prepared(theirs / 'input.txt', val_percentage=percentage, data_percentage=50.0)
     assert enc.decode(half['train']) == TEXT[:cut // 2]
     assert enc.decode(half['val']) == TEXT[cut:][:(len(TEXT) - cut) // 2]
 
@@ -133,6 +134,77 @@ def test_what_cannot_be_prepared_is_refused(prepared, theirs, tmp_path, model, i
     with pytest.raises((UserError, SettingError), match=message):
         prepared(**{'tokenizer': tmp_path / 'tok.model'} | given)
     assert not (tmp_path / 'out').exists()
+
+
+MANY = np.arange(2000) % 300
+
+
+@pytest.mark.parametrize('content, message', [
+    (MANY.astype('<u4').tobytes(), "train.bin has 4 bytes for each token.*fromfile.*'uint32'"),
+    ((MANY + 70_000).astype('<u4').tobytes(), 'train.bin has 4 bytes for each token.*65,535 do not fit'),
+    (MANY.astype('<i8').tobytes(), "train.bin has 8 bytes for each token.*fromfile.*'uint64'"),
+    (np.array([20240520, 1, 2000, *[0] * 253], '<i4').tobytes() + MANY.astype('<u2').tobytes(),
+     r'header of llm.c and modded-nanogpt.*tail -c \+1025'),
+    (np.array([20240801, 7, 9], '<i4').tobytes(), "llm.c's header for tokens of 4 bytes"),
+    (b'LITPKDS' + bytes(40), "litgpt's packed"),
+    (b'\x93NUMPY\x01\x00' + bytes(120), 'is an .npy file'),
+    (b'\x1f\x8b' + bytes(40), 'is compressed: unpack it'),
+    (b'version https://git-lfs.github.com/spec/v1\noid sha256:0\n', 'a Git LFS pointer.*git lfs pull'),
+])
+def test_files_of_another_layout_are_refused(prepared, theirs, tmp_path, content, message):
+    (theirs / 'train.bin').write_bytes(content)
+    (tmp_path / 'input.txt').write_text(TEXT, encoding='utf-8')
+    with pytest.raises(UserError, match=message):
+        prepared(tmp_path / 'input.txt')
+    write_tokens(theirs / 'train.bin', [3] * 40)
+    (theirs / 'val.bin').write_bytes(content)
+    with pytest.raises(UserError, match=message.replace('train.bin', 'val.bin', 1)):
+        prepared(tmp_path / 'input.txt')
+
+
+@pytest.mark.parametrize('tokens', [[2, 0, 1, 3] * 20, [40, 0, 41, 9] * 20, [9, 4, 0, 1] * 20, [7, 0, 8, 0]])
+def test_token_width_takes_small_tokens_for_what_they_are(tokens):
+    assert prepare.token_width(np.array(tokens, '<u2')) == 2
+
+
+@pytest.mark.parametrize('names, message', [
+    (['val', 'test'], r'theirs has test.bin, but no train\*.bin'),
+    (['fineweb_train_000001'], r'theirs has fineweb_train_000001.bin, but no train\*.bin'),
+    ([], 'theirs holds no token files'),
+])
+def test_missing_training_files_are_named(prepared, theirs, names, message):
+    for name in names:
+        write_tokens(theirs / f'{name}.bin', [1, 5] * 9)
+    with pytest.raises(UserError, match=message):
+        prepared(encoding_type='gpt2')
+
+
+def test_a_file_as_the_source_is_refused(prepared, theirs):
+    write_tokens(theirs / 'train.bin', [1, 5] * 9)
+    with pytest.raises(UserError, match=r'train.bin is a file: name its folder'):
+        prepared(encoding_type='gpt2', source=str(theirs / 'train.bin'))
+
+
+def test_val_percentage_is_refused_if_there_are_files_for_validation(prepared, theirs, tmp_path):
+    for name in 'train', 'val':
+        write_tokens(theirs / f'{name}.bin', [3] * 40)
+    (tmp_path / 'input.txt').write_text(TEXT, encoding='utf-8')
+    with pytest.raises(SettingError, match=r'val_percentage is .*theirs has val.bin: leave it out'):
+        prepared(tmp_path / 'input.txt', val_percentage=50.0)
+
+
+def test_the_use_of_each_file_is_printed(prepared, theirs, tmp_path, capsys):
+    (tmp_path / 'input.txt').write_text(TEXT, encoding='utf-8')
+    for name in 'train', 'train_2', 'trainer', 'val':
+        write_tokens(theirs / f'{name}.bin', [3] * 400)
+    prepared(tmp_path / 'input.txt')
+    out = capsys.readouterr().out
+    assert 'training: train.bin, train_2.bin; validation: val.bin\nnot used: trainer.bin\n' in out
+    (theirs / 'val.bin').unlink()
+    found, _ = prepared(tmp_path / 'input.txt')
+    out = capsys.readouterr().out
+    assert 'training: train.bin, train_2.bin; validation: the last 1% of these tokens\n' in out
+    assert len(found['val']) == 8
 
 
 def test_text_with_the_space_mark_is_refused(prepared, theirs, tmp_path):

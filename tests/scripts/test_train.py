@@ -12,7 +12,7 @@ from core.checkpoint import load_checkpoint
 from data.shards import Split
 from data.tokenizer import CharTokenizer
 from model import GPT, GPTConfig
-from tests.helpers.scripts import SETTINGS, metrics, script
+from tests.helpers.scripts import SETTINGS, metrics, rank_variables, script
 
 
 @pytest.fixture
@@ -28,8 +28,10 @@ def given(monkeypatch):
 def train_small(data, tmp_path):
     """train_small(*flags, status=0) trains a model of one layer in tmp_path/out, without loss.png."""
     def run(*flags, status=0):
-        words = [*SETTINGS, '--n_layer=1', '--block_size=16', '--optimizer=adamw', '--max_iters=3',
-                 '--eval_interval=99', f'--dataset={data}', f'--out_dir={tmp_path}/out']
+        words = [*SETTINGS, '--n_layer=1', '--block_size=16', '--optimizer=adamw', '--eval_interval=99',
+                 f'--dataset={data}', f'--out_dir={tmp_path}/out']
+        if not any(flag.startswith('--max_epochs') for flag in flags):
+            words.append('--max_iters=3')
         return script('train.py', *words, *flags, status=status, MPLBACKEND='')
     return run
 
@@ -70,7 +72,8 @@ def test_suggest_less_memory_keeps_the_batches(given, batch, steps, advice):
 
 
 def test_suggest_less_memory_counts_the_sequences_of_a_rank(given, monkeypatch):
-    monkeypatch.setenv('WORLD_SIZE', '8')
+    for name, value in rank_variables(0, 8).items():
+        monkeypatch.setenv(name, value)
     given(batch_size=32, gradient_accumulation_steps=1)  # a rank has 4 of these at once
     assert '--batch_size 2 --gradient_accumulation_steps 16' in train.suggest_less_memory()
 
@@ -144,11 +147,70 @@ def test_a_run_shows_and_writes_what_it_should(run):
 def test_a_run_ends_after_its_epochs(train_small, data, tmp_path):
     tokens = Split(data, 'train').n_tokens  # a window has 16, a step 8 windows
     steps = math.ceil(0.15 * ((tokens - 1) // 16) / 8)
-    done = train_small('--max_epochs=0.15', '--max_iters=3')
+    done = train_small('--max_epochs=0.15')
     assert load_checkpoint(tmp_path / 'out' / 'ckpt.pt')['iter'] == steps > 10
     assert f'; {steps} steps by max_epochs are 0.1' in done.out
     refused = train_small('--init_from=resume', '--max_epochs=0.001', status=2)
     assert f'asks for 1 steps, but {tmp_path}/out/ckpt.pt has already done {steps}' in refused.err
+    train_small('--init_from=resume', f'--max_iters={steps + 1}')
+    assert load_checkpoint(tmp_path / 'out' / 'ckpt.pt')['iter'] == steps + 1
+
+
+def test_the_best_loss_is_measured_again_if_it_was_measured_on_less(train_small, tmp_path):
+    """With --eval_iters 1 the loss is that of one batch: it must not be compared with the whole split's."""
+    train_small('--eval_iters=1', '--max_iters=6', '--eval_interval=2', '--learning_rate=0.01')
+    before = load_checkpoint(tmp_path / 'out' / 'ckpt.pt')
+    assert before['best_iter'] == 6 and before['measured_on'].startswith('4 of ')
+    done = train_small('--init_from=resume', '--eval_iters=0', '--max_iters=8', '--eval_interval=2',
+                       '--learning_rate=1e-30')  # the weights stay what they are
+    after = load_checkpoint(tmp_path / 'out' / 'ckpt.pt')
+    whole = [line['val_loss'] for line in metrics(tmp_path / 'out') if 'val_loss' in line][-1]
+    assert after['best_val_loss'] == pytest.approx(whole, rel=1e-6)
+    assert after['best_val_loss'] != before['best_val_loss']
+    count = after['measured_on'].split()
+    assert count[0] == count[2] and after['best_iter'] == 6
+    assert (f"best.pt (step 6) has a validation loss of {whole:.4f} on {after['measured_on']}; the "
+            f"{before['best_val_loss']:.4f} so far was on {before['measured_on']}") in done.out
+    same = train_small('--init_from=resume', '--max_iters=8', '--eval_iters=0')
+    assert 'best.pt (step' not in same.out
+
+
+def test_going_back_to_an_earlier_checkpoint_keeps_the_best_and_says_what_is_later(train_small, tmp_path):
+    out = tmp_path / 'out'
+    train_small('--max_iters=6', '--eval_interval=2', '--save_interval=2', '--learning_rate=0.01')
+    best = load_checkpoint(out / 'best.pt')
+    assert best['iter'] == 6
+    (out / 'ckpt_2.pt').replace(out / 'ckpt.pt')
+    done = train_small('--init_from=resume', '--max_iters=3', '--learning_rate=1e-30')
+    assert (f"later than ckpt.pt, which is of step 2: best.pt (step 6, validation loss "
+            f"{best['best_val_loss']:.4f}), ckpt_4.pt, ckpt_6.pt; best.pt stays") in done.out
+    assert 'metrics.jsonl and samples.jsonl go on at step 2: their later lines are removed' in done.out
+    assert load_checkpoint(out / 'best.pt')['iter'] == 6
+    assert load_checkpoint(out / 'ckpt.pt')['best_iter'] == 6
+
+
+def test_a_resumed_run_says_if_its_data_comes_in_another_order(train_small):
+    train_small()
+    same = train_small('--init_from=resume', '--batch_size=2', '--gradient_accumulation_steps=4')
+    assert 'another order' not in same.out
+    other = train_small('--init_from=resume', '--batch_size=3')
+    assert ('the run had 8 sequences per step and seed 1337, and now has 6 sequences per step and seed 1337: '
+            'from here on the data comes in another order') in other.out
+    other = train_small('--init_from=resume', '--seed=5')
+    assert ('the run had 6 sequences per step and seed 1337, and now has 8 sequences per step and seed 5'
+            ) in other.out
+
+
+def test_a_resumed_run_saves_although_windows_replaces_no_mapped_file(data, tmp_path):
+    words = [*SETTINGS, f'--dataset={data}', '--eval_interval=1', '--save_interval=1']
+    like_windows = {'MPLBACKEND': '', 'LIKE_WINDOWS': '1'}
+    out = tmp_path / 'out'
+    script('train.py', *words, '--max_iters=1', f'--out_dir={out}', **like_windows)
+    script('train.py', '--init_from=resume', '--max_iters=3', f'--out_dir={out}', **like_windows)
+    assert load_checkpoint(out / 'ckpt.pt')['iter'] == 3
+    script('train.py', *words, '--max_iters=1', f'--init_from={out}', f'--out_dir={out}', '--overwrite',
+           **like_windows)
+    assert load_checkpoint(out / 'ckpt.pt')['iter'] == 1
 
 
 def test_a_kept_checkpoint_resumes_to_the_same_run(train_small, tmp_path):

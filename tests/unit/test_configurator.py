@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import configurator
 from configurator import SettingError, configure, in_range, one_of, settings
 
 SCRIPT = '''"""Count to a number.
@@ -238,6 +239,59 @@ def test_configure_reports_a_mistake_in_the_checkpoint(script, capsys):
     assert rejected(script, capsys, base=missing) == 'no checkpoint in out/\n'
     assert rejected(script, capsys, base=lambda _: {'dtype': 16}) == \
         "'dtype' in the checkpoint must be a str, not 16\n"
+
+
+def test_a_deleted_working_directory_is_one_line(script, capsys, tmp_path, monkeypatch):
+    (tmp_path / 'gone').mkdir()
+    monkeypatch.chdir('gone')
+    (tmp_path / 'gone').rmdir()
+    with pytest.raises(SystemExit) as exit:
+        configure(vars(script), [])
+    line = 'script.py: the working directory has been deleted: cd to a folder that exists\n'
+    assert (exit.value.code, capsys.readouterr().err) == (1, line)
+    assert configurator.script_path('train.py') == str(configurator.ROOT / 'train.py')  # deleted during a run
+    monkeypatch.chdir(tmp_path)
+
+
+ALTERNATIVES = 'max_iters', 'learning_rate', 'version'  # as max_iters and max_epochs of train.py
+
+
+@pytest.mark.parametrize(('argv', 'saved', 'changed'), [
+    ('', {}, {}),
+    ('', {'learning_rate': 3.0, 'max_iters': 50}, {'learning_rate': 3.0, 'max_iters': 50}),
+    ('--learning_rate 3', {}, {'learning_rate': 3.0, 'version': 0}),
+    ('--max_iters 40', {'learning_rate': 3.0, 'max_iters': 50},
+     {'max_iters': 40, 'learning_rate': 0.0, 'version': 0}),
+    ('config/plain.py', {'learning_rate': 3.0}, {'max_iters': 7, 'learning_rate': 0.0, 'version': 0}),
+    ('config/same.py', {'learning_rate': 3.0}, {'max_iters': 100, 'learning_rate': 0.0, 'version': 0}),
+    ('config/imports_it.py --max_iters 5', {}, {'max_iters': 5, 'learning_rate': 0.0, 'version': 0}),
+    ('config/plain.py config/imports_it.py', {}, {'max_iters': 7, 'learning_rate': math.e, 'version': 0}),
+    ('config/both.py', {'learning_rate': 3.0}, {'dtype': 'py', 'learning_rate': 3.0}),
+    ('config/ten.json --learning_rate 0', {'version': 9},
+     {'max_iters': 10, 'dtype': 'ten', 'learning_rate': 0.0, 'version': 0}),
+])
+def test_of_alternatives_the_one_given_last_counts(script, argv, saved, changed):
+    configure(vars(script), argv.split(), base=lambda _: saved, alternatives=ALTERNATIVES)
+    assert settings(vars(script)) == DEFAULTS | changed
+
+
+def test_two_alternatives_in_one_place_are_refused(script, capsys):
+    line = rejected(script, capsys, '--max_iters=5', '--learning_rate=2', alternatives=ALTERNATIVES)
+    assert line == 'max_iters and learning_rate are both given on the command line: leave out one of them\n'
+    line = rejected(script, capsys, 'config/helpers.py', alternatives=ALTERNATIVES)
+    assert line.startswith('max_iters and learning_rate are both given in config/helpers.py: ')
+
+
+def test_config_of_the_repository_is_found_from_another_folder(script, monkeypatch, tmp_path):
+    monkeypatch.setattr(configurator, 'ROOT', tmp_path)
+    (tmp_path / 'elsewhere').mkdir()
+    monkeypatch.chdir('elsewhere')
+    configure(vars(script), ['config/plain'])
+    assert script.max_iters == 7
+    Path('config').mkdir()
+    Path('config/plain.json').write_text('{"max_iters": 8}')  # the working directory comes first
+    configure(vars(script), ['config/plain'])
+    assert script.max_iters == 8
 
 
 @pytest.mark.parametrize(('limits', 'values', 'message'), [

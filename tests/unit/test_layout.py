@@ -159,8 +159,6 @@ def test_scripts_end_in_configure_and_run(script):
     assert isinstance(last, ast.If), f'{script} does not end in an if'
     assert ast.unparse(last.test) == "__name__ == '__main__'"
     configure, run = last.body
-    if isinstance(run, ast.With):  # train.py runs inside `with report_lost_ranks(...)`
-        run, = run.body
     assert (called(configure), called(run)) == ('configure', 'run')
     assert ast.unparse(configure.value.args[0]) == 'globals()'
 

@@ -112,7 +112,7 @@ def test_run_lets_rank_0_report_first(monkeypatch, capsys, rank, calls):
 def test_run_gives_advice_if_memory_runs_out(monkeypatch, capsys, error):
     monkeypatch.setattr(sys, 'argv', ['some/script.py'])
     with pytest.raises(SystemExit) as exit:
-        run(raising(error), 'halve it')
+        run(raising(error), lambda: 'halve it')
     assert (exit.value.code, capsys.readouterr().err) == (1, 'script.py: out of memory: halve it\n')
 
 

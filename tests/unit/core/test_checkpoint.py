@@ -26,6 +26,7 @@ from data.files import write_atomically
 from data.tokenizer import CharTokenizer
 from model import GPT, GPTConfig
 from tests.helpers.models import CASES
+from tests.helpers.scripts import rank_variables
 
 TOKENIZER = CharTokenizer.train(['abc'])
 STATE = {
@@ -209,8 +210,10 @@ def test_records_of_a_resumed_run_end_before_its_step_and_skip_bad_lines(tmp_pat
     folder = RunFolder(tmp_path, resume=True)
     begin(folder, step=2)
     assert (tmp_path / 'metrics.jsonl').read_text() == '{"iter": 0, "loss": 1}\n{"iter": 1, "loss": 2}\n'
+    assert folder.last_recorded_step() == 1
     folder.record(iter=2, loss=0.5)
-    assert folder.records() == [{'iter': step, 'loss': loss} for step, loss in enumerate((1, 2, 0.5))]
+    assert folder.last_recorded_step() == 2
+    assert list(folder.records()) == [{'iter': step, 'loss': loss} for step, loss in enumerate((1, 2, 0.5))]
     assert {*os.listdir(tmp_path)} == {'.lock', 'metrics.jsonl', 'tokenizer.json'}  # no new checkpoint
 
 
@@ -273,7 +276,8 @@ def make_run(path, **changes):
     scaler = torch.amp.GradScaler('cpu', init_scale=512.0)
     meta = {'encoding': 'char', 'vocab_size': 11, 'splits': {
         split: {'shards': [{'sha256': split}]} for split in ('train', 'val')}}
-    run = Run(RunFolder(path, resume=True), model, optimizers, scaler, TOKENIZER, meta, {'seed': 1})
+    run = Run(RunFolder(path, resume=True), model, optimizers, scaler, TOKENIZER, meta, {'seed': 1},
+              '5 windows')
     for name, value in changes.items():
         setattr(run, name, value)
     return run
@@ -289,16 +293,52 @@ def test_a_restored_run_has_the_whole_state(tmp_path):
     run = make_run(tmp_path, step=9, best_val_loss=1.5, best_step=6)
     train_one_step(run)
     run.save(is_best=True)
-    other = make_run(tmp_path)
+    other = make_run(tmp_path, measured_on='9 windows')
     other.optimizers[1].param_groups[0]['weight_decay'] = 0.7  # given now
     other.restore(load_checkpoint(tmp_path / 'best.pt'))
     assert (other.step, other.best_val_loss, other.best_step) == (9, 1.5, 6)
+    assert other.best_measured_on == '5 windows'
     assert other.scaler.get_scale() == 512.0
     assert other.optimizers[1].param_groups[0]['weight_decay'] == 0.7
     for ours, theirs in zip(other.model.parameters(), run.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     for ours, theirs in zip(other.optimizers, run.optimizers, strict=True):
         torch.testing.assert_close(ours.state_dict()['state'], theirs.state_dict()['state'], rtol=0, atol=0)
+
+
+def test_a_later_best_checkpoint_stays_the_best(tmp_path):
+    """The run was killed before it saved ckpt.pt, or the user has gone back to an earlier checkpoint."""
+    run = make_run(tmp_path, step=4, best_val_loss=3.0, best_step=2)
+    run.save()
+    later = make_run(tmp_path, step=8, best_measured_on='7 windows')
+    later.update_best(1.0)
+    write_atomically(tmp_path / 'best.pt', partial(torch.save, later.checkpoint()))
+    other = make_run(tmp_path)
+    other.restore(load_checkpoint(tmp_path / 'ckpt.pt'))
+    assert (other.step, other.best_val_loss, other.best_step) == (4, 1.0, 8)
+    assert other.best_measured_on == '5 windows'
+
+
+def test_without_a_best_checkpoint_the_next_evaluation_makes_one(tmp_path):
+    run = make_run(tmp_path, step=4, best_val_loss=3.0, best_step=2)
+    other = make_run(tmp_path)
+    other.restore(run.checkpoint())
+    assert other.step == 4 and other.update_best(9.0)
+
+
+def test_a_best_checkpoint_of_another_run_is_not_replaced(tmp_path):
+    run = make_run(tmp_path, step=4)
+    torch.save(run.checkpoint() | {'fingerprint': 'other'}, tmp_path / 'best.pt')
+    with pytest.raises(UserError, match=r'best.pt is of another run than ckpt.pt: move it'):
+        run.restore(run.checkpoint())
+
+
+def test_later_checkpoints_are_those_of_later_steps(tmp_path):
+    for name in 'ckpt_5.pt', 'ckpt_40.pt', 'ckpt_100.pt', 'ckpt_60.pt', 'ckpt_best.pt', 'ckpt_70.pt.tmp':
+        (tmp_path / name).touch()
+    folder = RunFolder(tmp_path, resume=True)
+    assert folder.later_checkpoints(40) == ['ckpt_60.pt', 'ckpt_100.pt']
+    assert folder.last_recorded_step() == -1
 
 
 @pytest.mark.parametrize('change', [
@@ -313,7 +353,8 @@ def test_a_state_that_does_not_fit_is_one_line(tmp_path, change):
 
 def test_only_rank_0_saves(tmp_path, monkeypatch):
     run = make_run(tmp_path)
-    monkeypatch.setenv('RANK', '1')
+    for name, value in rank_variables(1, 2).items():
+        monkeypatch.setenv(name, value)
     run.save()
     assert os.listdir(tmp_path) == []
 

@@ -1,4 +1,4 @@
-"""Where to compute and how precisely, on machines that are not here; CPU memory and threads."""
+"""Where to compute and how precisely, on machines that are not here; CPU threads."""
 
 import contextlib
 import re
@@ -19,13 +19,12 @@ from core.device import (
     choose_dtype,
     choose_threads,
     describe_hardware,
-    free_memory,
     peak_flops,
     try_compile,
 )
 from core.evaluate import count_loss
 from tests.helpers.models import small_model
-from tests.helpers.scripts import ROOT
+from tests.helpers.scripts import rank_variables
 
 needs_linux = pytest.mark.skipif(sys.platform != 'linux', reason='only Linux has /proc')
 
@@ -127,8 +126,9 @@ def test_a_failed_compilation_is_reported_once_and_changes_nothing(monkeypatch, 
 
     monkeypatch.setattr(torch, 'compile', compile)
     error = ValueError('no compiler')
-    for rank, line in ('0', 'torch.compile failed (ValueError); continuing without it\n'), ('1', ''):
-        monkeypatch.setenv('RANK', rank)
+    for rank, line in (0, 'torch.compile failed (ValueError); continuing without it\n'), (1, ''):
+        for name, value in rank_variables(rank, 2).items():
+            monkeypatch.setenv(name, value)
         assert try_compile(model, score, *batch, contextlib.nullcontext()) is None
         assert model.training and all(p.grad is None for p in model.parameters())
         assert capsys.readouterr().err == line
@@ -137,49 +137,15 @@ def test_a_failed_compilation_is_reported_once_and_changes_nothing(monkeypatch, 
         try_compile(model, score, *batch, contextlib.nullcontext())
 
 
-# memory
-
-
-@needs_linux
-@pytest.mark.parametrize('limit, refused', [('max\n', False), (f'{10**9}\n', True)])
-def test_more_memory_than_a_container_has_is_refused_at_once(tmp_path, limit, refused):
-    """What is asked for is never touched, so the machine need not have it."""
-    (tmp_path / 'memory.max').write_text(limit)
-    code = f"""import mmap
-from core import device
-device.CGROUP_LIMITS = {str(tmp_path / 'memory.max')!r}, 'none'
-device.limit_memory()
-try:
-    mmap.mmap(-1, {2 * 10**9}, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    print('granted')
-except OSError:
-    print('refused')
-"""
-    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == ('refused\n' if refused else 'granted\n')
-
-
-@needs_linux
-def test_free_memory_is_the_smaller_of_machine_and_container(tmp_path, monkeypatch):
-    limit = tmp_path / 'memory.max'
-    monkeypatch.setattr(device, 'CGROUP_LIMITS', (str(limit), str(tmp_path / 'none')))
-    machine = free_memory()
-    limit.write_text('12345678\n')
-    assert free_memory() == 12345678 < machine
-    limit.write_text(f'{2**62}\n')
-    assert free_memory() == pytest.approx(machine, rel=0.2)
-
-
 # threads
 
 
 @pytest.mark.parametrize('busy, threads', [
     (0.0, 4), (0.2, 4), (0.3, 3), (1.2, 3), (2.0, 2), (4.0, 1), (9.0, 1)])
-def test_torch_gets_the_cores_that_others_leave_idle(monkeypatch, busy, threads):
+def test_torch_gets_the_cores_that_others_leave_idle(monkeypatch, tmp_path, busy, threads):
     """busy: how many of four cores other processes use."""
     now = [100.0]
     asked = []
-    monkeypatch.setattr(sys, 'platform', 'linux')
     monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
     monkeypatch.setattr('core.device.time.monotonic', lambda: now[0])
     monkeypatch.setattr('core.device.time.sleep', lambda seconds: now.append(now.pop() + seconds))
@@ -188,8 +154,8 @@ def test_torch_gets_the_cores_that_others_leave_idle(monkeypatch, busy, threads)
     monkeypatch.setattr(torch, 'set_num_threads', asked.append)
     choose_threads()
     assert asked == [threads]
-    for variable, platform in ('3', 'linux'), (None, 'darwin'):  # not ours to choose
-        monkeypatch.setattr(sys, 'platform', platform)
+    for variable, stat in ('3', device.PROC_STAT), (None, tmp_path / 'no_proc'):  # not ours to choose
+        monkeypatch.setattr(device, 'PROC_STAT', stat)
         if variable:
             monkeypatch.setenv('OMP_NUM_THREADS', variable)
         else:

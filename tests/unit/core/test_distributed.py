@@ -11,14 +11,24 @@ import torch.distributed as dist
 from configurator import UserError
 from core import distributed
 from core.checkpoint import resume_command
-from core.distributed import Ranks, StopSignals, get_ranks, join_ranks, mean_over_ranks, report_lost_ranks
+from core.distributed import (
+    Ranks,
+    StopSignals,
+    compare_ranks,
+    get_ranks,
+    join_ranks,
+    leave_ranks,
+    mean_over_ranks,
+    report_lost_ranks,
+)
+from tests.helpers.scripts import rank_variables
 
 
 def test_ranks_come_from_the_environment(monkeypatch):
     for name in 'RANK', 'LOCAL_RANK', 'WORLD_SIZE':
         monkeypatch.delenv(name, raising=False)
     assert get_ranks() == Ranks(rank=0, local_rank=0, world_size=1)
-    for name, value in ('RANK', '5'), ('LOCAL_RANK', '1'), ('WORLD_SIZE', '8'):
+    for name, value in (rank_variables(5, 8) | {'LOCAL_RANK': '1'}).items():
         monkeypatch.setenv(name, value)
     assert get_ranks() == Ranks(rank=5, local_rank=1, world_size=8)
 
@@ -87,37 +97,85 @@ def test_torchrun_forwards_a_ctrl_c_that_has_arrived_already(handlers, monkeypat
 
 @pytest.mark.parametrize('end, said', [
     (None, ''), (UserError('nan'), ''), (SystemExit(130), ''), (ZeroDivisionError(), ''),
-    (dist.DistBackendError('NCCL error: out of memory'), ''),  # which `run` tells of
+    (dist.DistBackendError('NCCL error: out of memory'), ''),  # which `run` reports
     (dist.DistBackendError('NCCL error in: x.cpp:94, unhandled cuda error\nmore'), 'unhandled cuda error; '),
     (RuntimeError('[gloo/tcp/pair.cc] Connection closed by peer'), 'Connection closed by peer; what was')])
-def test_every_end_leaves_the_group_and_a_failed_exchange_is_one_line(monkeypatch, capsys, end, said):
-    left = []
+def test_a_failed_exchange_is_one_line_and_waits_for_no_rank(monkeypatch, capsys, end, said):
+    """With NCCL, destroying the group waits for the other ranks, before the reason is printed."""
     monkeypatch.setattr(dist, 'is_initialized', lambda: True)
-    monkeypatch.setattr(dist, 'destroy_process_group', lambda: left.append(True))
+    monkeypatch.setattr(dist, 'destroy_process_group', None)
     try:
-        with report_lost_ranks('RESUME'):
+        with report_lost_ranks(lambda: 'RESUME'):
             if end:
                 raise end
     except BaseException as raised:
         assert raised is end or (said and isinstance(raised, SystemExit) and raised.code == 1)
     err = capsys.readouterr().err
-    assert left == [True] and said in err and err.count('\n') == bool(said)
+    assert said in err and err.count('\n') == bool(said)
+
+
+def test_ranks_that_end_wait_for_each_other_and_then_disconnect(monkeypatch):
+    calls = []
+    for name in 'barrier', 'destroy_process_group':
+        monkeypatch.setattr(dist, name, lambda name=name: calls.append(name))
+    leave_ranks()
+    assert calls == []
+    monkeypatch.setattr(dist, 'is_initialized', lambda: True)
+    leave_ranks()
+    assert calls == ['barrier', 'destroy_process_group']
+
+
+@pytest.mark.parametrize('variables, message', [
+    ('RANK=1', "has RANK='1', where all of RANK, LOCAL_RANK and WORLD_SIZE must be numbers: unset them"),
+    ('WORLD_SIZE=2', "has WORLD_SIZE='2', where all of RANK"),
+    ('RANK= LOCAL_RANK=0 WORLD_SIZE=1', "has RANK='', LOCAL_RANK='0', WORLD_SIZE='1', where all of RANK"),
+    ('RANK=0 LOCAL_RANK=x WORLD_SIZE=1', "LOCAL_RANK='x'"),
+    ('RANK=-1 LOCAL_RANK=0 WORLD_SIZE=1', "RANK='-1'"),
+    ('RANK=2 LOCAL_RANK=0 WORLD_SIZE=2', "WORLD_SIZE='2', which cannot be: "),
+    ('RANK=0 LOCAL_RANK=1 WORLD_SIZE=2', 'which cannot be: '),
+    ('RANK=0 LOCAL_RANK=0 WORLD_SIZE=0', 'which cannot be: '),
+    ('RANK=1 LOCAL_RANK=1 WORLD_SIZE=2', 'has no MASTER_ADDR and no MASTER_PORT, by which ranks'),
+    ('RANK=1 LOCAL_RANK=1 WORLD_SIZE=2 MASTER_ADDR=localhost', 'has no MASTER_PORT, by which')])
+def test_variables_that_make_no_ranks_are_refused(monkeypatch, variables, message):
+    for variable in variables.split():
+        monkeypatch.setenv(*variable.split('='))
+    with pytest.raises(UserError, match=message):
+        get_ranks()
+
+
+@pytest.mark.parametrize('theirs, message', [
+    ({'step': 40, 'seed': 1}, None),
+    ({'step': 30, 'seed': 1}, 'rank 2 has step 30, but rank 0 has 40: start'),
+    ({'step': 40, 'seed': 7}, 'rank 2 has seed 7, but rank 0 has 1')])
+def test_ranks_with_other_facts_are_refused(monkeypatch, theirs, message):
+    def gather(found, facts):
+        found[:] = [facts, facts, theirs, facts]
+
+    monkeypatch.setattr(dist, 'get_world_size', lambda: 4)
+    monkeypatch.setattr(dist, 'all_gather_object', gather)
+    if message is None:
+        compare_ranks({'step': 40, 'seed': 1})
+        return
+    with pytest.raises(UserError, match=message):
+        compare_ranks({'step': 40, 'seed': 1})
 
 
 @pytest.mark.parametrize('name, options', [
     ('cuda:1', {'backend': 'nccl', 'device_id': torch.device('cuda', 1)}), ('cpu', {'backend': 'gloo'})])
 def test_how_ranks_join(monkeypatch, name, options):
     joined = []
-    monkeypatch.setenv('WORLD_SIZE', '2')
+    for variable, value in rank_variables(0, 2).items():
+        monkeypatch.setenv(variable, value)
     monkeypatch.setattr(dist, 'init_process_group', lambda **options: joined.append(options))
     monkeypatch.setattr(distributed, 'DistributedDataParallel', lambda model, **options: options)
-    assert join_ranks('model', torch.device(name)) == {
+    monkeypatch.setattr(distributed, 'compare_ranks', joined.append)
+    assert join_ranks('model', torch.device(name), 'facts') == {
         'broadcast_buffers': False, 'gradient_as_bucket_view': True}
-    assert joined == [options]
+    assert joined == [options, 'facts']
 
 
 def test_on_several_machines_the_command_leaves_their_options_out(monkeypatch):
-    monkeypatch.setenv('WORLD_SIZE', '4')
-    monkeypatch.setenv('LOCAL_WORLD_SIZE', '2')
+    for name, value in (rank_variables(0, 4) | {'LOCAL_WORLD_SIZE': '2'}).items():
+        monkeypatch.setenv(name, value)
     command = "torchrun ... --nproc_per_node=2 train.py --init_from resume --out_dir 'my run'"
     assert resume_command('my run') == command

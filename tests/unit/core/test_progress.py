@@ -12,7 +12,7 @@ import pytest
 
 from configurator import SettingError, UserError
 from core.checkpoint import RunFolder
-from core.progress import NoProgress, Progress, check_tracker, plot_metrics, read_run_facts, smooth
+from core.progress import Curves, NoProgress, Progress, check_tracker, plot_metrics, read_run_facts, smooth
 from data.tokenizer import CharTokenizer
 
 SETTINGS = {'log_interval': 2, 'track': '', 'seed': 5}
@@ -114,8 +114,11 @@ def test_no_progress_takes_the_same_calls(capsys):
 def test_the_picture_shows_the_metrics():
     records = [{'iter': step, **FIGURES, 'loss': 6.0 - step / 2} for step in range(0, 10, 2)]
     records += [{'iter': step, 'val_loss': 7.0 - step / 2, 'val_acc': 0.5} for step in (0, 10)]
+    curves = Curves()
+    for record in records:
+        curves.add(record)
     figure = matplotlib.figure.Figure()
-    plot_metrics(figure, records, tokens_per_step=64)
+    plot_metrics(figure, curves, tokens_per_step=64)
     figure.savefig(io.BytesIO())  # lays out the axes
     losses, rates, accuracy = figure.axes
     raw, smoothed, validation = [line.get_xydata().tolist() for line in losses.lines]
@@ -130,6 +133,25 @@ def test_the_picture_shows_the_metrics():
     assert million_tokens == pytest.approx([64e-6 * step for step in losses.get_xlim()])
     assert rates.lines[0].get_ydata().tolist() == [0.01] * 5
     assert accuracy.lines[0].get_xydata().tolist() == [[0, 0.5], [10, 0.5]]
+
+
+def test_long_curves_are_thinned_to_means():
+    curves = Curves()
+    for step in range(25):
+        curves.add({'iter': step, 'loss': 2.0 * step, 'lr': 1.0})
+    steps, values = curves.thinned('loss', most=10)  # groups of 3
+    assert steps.tolist() == [1, 4, 7, 10, 13, 16, 19, 22, 24]
+    assert values.tolist() == [2.0 * step for step in steps]
+    steps, values = curves.thinned('loss', most=25)
+    assert steps.tolist() == list(range(25)) and values.tolist() == [2.0 * step for step in range(25)]
+    assert [len(part) for part in curves.thinned('val_loss')] == [0, 0]
+
+
+def test_the_picture_of_a_resumed_run_shows_what_was_before(begin, monkeypatch):
+    begin().log_step(0, 0.5, **FIGURES)
+    progress = begin(step=2)
+    progress.log_step(2, 0.5, **FIGURES)
+    assert progress.curves.thinned('loss')[0].tolist() == [0, 2]
 
 
 def test_an_evaluation_draws_loss_png(begin, tmp_path):
@@ -177,9 +199,10 @@ class Tracker(types.ModuleType):
 def test_a_tracker_gets_the_same_figures(begin, tmp_path, monkeypatch, no_picture, name):
     monkeypatch.setitem(sys.modules, name, tracker := Tracker(name))
     monkeypatch.setattr('core.progress.time.strftime', lambda _: 'now')
+    monkeypatch.setattr('core.progress.secrets.token_hex', lambda _: '1f')
     monkeypatch.delenv('WANDB_RUN_ID', raising=False)
     progress = begin(track=name)
-    assert os.environ['WANDB_RUN_ID'] == 'out-now'
+    assert os.environ['WANDB_RUN_ID'] == 'out-now-1f'
     progress.log_step(0, 0.5, **FIGURES)
     progress.log_evaluation(2, {'val_loss': 1.5}, 'Once', 'Once upon')
     progress.close()
@@ -192,17 +215,21 @@ def test_a_tracker_gets_the_same_figures(begin, tmp_path, monkeypatch, no_pictur
     assert logged == lines
     (first, _, given), (last, _, _) = tracker.calls[0], tracker.calls[-1]
     assert (first, last) == ('init', 'finish')
-    assert given['name'] == 'out-now' and given['resume'] == 'allow' and given['config']['seed'] == 5
+    assert given['name'] == 'out-now-1f' and given['resume'] == 'allow' and given['config']['seed'] == 5
 
 
 def test_a_resumed_run_keeps_its_name_and_a_new_one_gets_its_own(begin, tmp_path, monkeypatch):
+    """The names of runs that begin in the same second differ, too: a tracker would merge them."""
     monkeypatch.setitem(sys.modules, 'trackio', tracker := Tracker('trackio'))
     monkeypatch.setenv('WANDB_RUN_ID', 'x')
-    for step, time, name in (0, 'now', 'out-now'), (2, 'later', 'out-now'), (0, 'later', 'out-later'):
-        monkeypatch.setattr('core.progress.time.strftime', lambda _, time=time: time)
+    monkeypatch.setattr('core.progress.time.strftime', lambda _: 'now')
+    names = []
+    for step in 0, 2, 0:
         begin(step, track='trackio')
-        assert tracker.calls[-1][2]['name'] == name
-    assert read_run_facts(tmp_path / 'out') == {'name': 'out-later', 'hardware': 'a machine'}
+        names.append(tracker.calls[-1][2]['name'])
+    assert names[0] == names[1] != names[2]
+    assert all(name.startswith('out-now-') for name in names)
+    assert read_run_facts(tmp_path / 'out') == {'name': names[2], 'hardware': 'a machine'}
     assert read_run_facts(tmp_path) == {}
 
 

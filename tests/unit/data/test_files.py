@@ -78,6 +78,35 @@ def test_write_atomically_keeps_the_old_file_if_writing_fails(tmp_path):
     assert os.listdir(tmp_path) == ['a']
 
 
+def test_write_atomically_does_not_follow_a_link_in_place_of_its_temporary_file(tmp_path):
+    (tmp_path / 'thesis').write_text('mine')
+    (tmp_path / 'a.tmp').symlink_to(tmp_path / 'thesis')
+    write_atomically(tmp_path / 'a', lambda file: file.write(b'new'))
+    assert (tmp_path / 'thesis').read_text() == 'mine'
+    assert (tmp_path / 'a').read_bytes() == b'new' and not (tmp_path / 'a').is_symlink()
+    assert not os.path.lexists(tmp_path / 'a.tmp')
+
+
+@pytest.mark.parametrize('name, message', [
+    ('file', r'file is a file, not a folder\): name another --out_dir$'),
+    ('file/run', r'file is a file, not a folder\): name another --out_dir$'),
+    ('dangling', r'dangling is a link to /nowhere, which does not exist\): name another --out_dir$'),
+    ('dangling/run', r'dangling is a link to /nowhere, which does not exist\): name')])
+def test_report_write_errors_says_what_stands_in_the_way(tmp_path, name, message):
+    (tmp_path / 'file').touch()
+    (tmp_path / 'dangling').symlink_to('/nowhere')
+    with pytest.raises(UserError, match=message), report_write_errors(tmp_path / name):
+        (tmp_path / name).mkdir(exist_ok=True)
+    with pytest.raises(UserError, match=message), report_write_errors(tmp_path / name):
+        (tmp_path / name / 'best.pt').write_text('')
+
+
+def test_report_write_errors_asks_for_room_only_if_there_is_none():
+    line = r'\(Permission denied\): name another --out_dir; what was saved'
+    with pytest.raises(UserError, match=line), report_write_errors('out/a'):
+        raise PermissionError(errno.EACCES, 'Permission denied', 'out/a')
+
+
 def test_report_write_errors_tells_a_removed_folder_from_one_that_cannot_be_made(tmp_path):
     with pytest.raises(UserError, match='was removed or renamed'), report_write_errors('out'):
         (tmp_path / 'gone' / 'file').write_text('')

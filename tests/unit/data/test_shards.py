@@ -2,13 +2,19 @@
 
 import hashlib
 import os
+import sys
 
 import numpy as np
 import pytest
 
 from configurator import SettingError, UserError
-from data.shards import Batches, Split, fingerprint, read_meta, write_dataset_atomically
+from data import shards
+from data.shards import Batches, Split, fingerprint, prepared_folder, read_meta, write_dataset_atomically
+from data.tokenizer import CLASSES
 from tests.helpers.scripts import prepare
+from tests.helpers.windows import windows_files
+
+linux_only = pytest.mark.skipif(sys.platform != 'linux', reason='forks, or reads /proc')
 
 TOKENS = np.random.default_rng(0).integers(0, 60_000, 1003).astype(np.uint16)
 
@@ -137,18 +143,21 @@ def test_fingerprint_changes_with_any_token(tmp_path):
 
 
 def content(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != '.lock'}
+    """Return {name: bytes} of the files in a folder, without the lock."""
+    files = [path for path in folder.iterdir() if path.is_file() and path.name != '.lock']
+    return {path.name: path.read_bytes() for path in files}
 
 
 def test_write_dataset_atomically_keeps_the_old_files_if_writing_fails(folder):
     (folder / 'notes.txt').write_text('mine')
     before = content(folder)
-    (folder / '.preparing-killed').mkdir()  # what a killed process left behind
+    (folder / '.preparing-ab12_34z' / 'cache').mkdir(parents=True)  # what a killed process left behind
     refused = pytest.raises(UserError, match=r'cannot write .*No space.*--out_dir')
     with refused, write_dataset_atomically(folder) as (new, _):
         (new / 'train_00000.bin').write_bytes(b'half')
         raise OSError(28, 'No space left on device')
     assert content(folder) == before
+    assert not list(folder.glob('.preparing*'))
 
 
 def test_write_dataset_atomically_replaces_prepared_data_and_nothing_else(folder):
@@ -159,18 +168,132 @@ def test_write_dataset_atomically_replaces_prepared_data_and_nothing_else(folder
     assert content(folder) == {'notes.txt': b'mine', 'val_00000.bin': b'new', 'meta.json': b'new'}
 
 
-def test_write_dataset_atomically_deletes_meta_first_and_writes_it_last(folder):
-    (folder / 'other').mkdir()  # a file of this name cannot be written
-    with pytest.raises(UserError, match='directory'), write_dataset_atomically(folder) as (new, _):
-        for name in 'meta.json', 'other':
-            (new / name).write_text('new')
-    assert not (folder / 'meta.json').exists()
+def replace(folder):
+    """Replace the dataset in a folder by a smaller one."""
+    with write_dataset_atomically(folder) as (new, _):
+        make(new, train=TOKENS[:7])
+
+
+@pytest.fixture
+def smaller(tmp_path):
+    """Return the files of the dataset that `replace` writes, {name: bytes}."""
+    (tmp_path / 'smaller').mkdir()
+    return content(make(tmp_path / 'smaller', train=TOKENS[:7]))
+
+
+def test_write_dataset_atomically_puts_everything_back_if_a_file_cannot_be_moved(folder, monkeypatch):
+    before, move, states = content(folder), os.replace, []
+
+    def fail_once(source, target):
+        """Fail to move the third file of the new dataset."""
+        states.append({path.name for path in folder.glob('*.*')} & set(before))
+        if source.name == 'val_00000.bin' and source.parent.name == 'new':
+            monkeypatch.setattr(os, 'replace', move)
+            raise PermissionError(13, 'in use')
+        move(source, target)
+
+    monkeypatch.setattr(os, 'replace', fail_once)
+    with pytest.raises(UserError, match=r'cannot write .*in use.* what was saved before is whole'):
+        replace(folder)
+    assert not any('meta.json' in state for state in states[1:]), 'it would list files that are not there'
+    assert states[-1] == {'tokenizer.json', 'train_00000.bin'}
+    assert content(folder) == before
+
+
+@linux_only
+def test_write_dataset_atomically_refuses_to_replace_mapped_files_on_windows(tmp_path, smaller):
+    folder = make(tmp_path)
+    before, split = content(folder), Split(folder, 'val')
+    with windows_files(), pytest.raises(UserError, match=r'cannot write .*used by another process'):
+        replace(folder)
+    assert content(folder) == before
+    del split
+    with windows_files():
+        replace(folder)
+    assert content(folder) == smaller
+
+
+@linux_only
+def test_write_dataset_atomically_recovers_from_a_kill_at_any_moment(tmp_path, smaller):
+    """It moves the six files of the old dataset away and four new ones in."""
+    for n_moves in range(11):
+        (tmp_path / f'{n_moves}').mkdir()
+        folder = make(tmp_path / f'{n_moves}')
+        (folder / 'notes.txt').write_text('mine')
+        pid = os.fork()
+        if pid == 0:
+            move, moves = os.replace, iter(range(n_moves))
+
+            def move_or_die(source, target, move=move, moves=moves):
+                if next(moves, None) is None:
+                    os._exit(1)
+                move(source, target)
+
+            os.replace = move_or_die
+            replace(folder)
+            os._exit(0)
+        _, status = os.waitpid(pid, 0)
+        assert os.waitstatus_to_exitcode(status) == (n_moves < 10)
+        assert (folder / 'meta.json').exists() == (n_moves in (0, 10))
+        replace(folder)
+        assert content(folder) == smaller | {'notes.txt': b'mine'}
+
+
+@pytest.mark.parametrize('names', [
+    ['tokenizer.json', 'config.json'], ['meta.json'], ['train_00001.bin'], ['train_00003.bin']], ids=str)
+def test_write_dataset_atomically_refuses_files_of_others(tmp_path, names):
+    """The last of these lies next to a dataset of ours, which does not list it."""
+    folder = make(tmp_path) if names == ['train_00003.bin'] else tmp_path
+    for name in names:
+        (folder / name).write_text('{"theirs": 1}')
+    before = content(folder)
+    with pytest.raises(UserError, match=rf'that no meta.json .* lists \({names[0]}\): move them away, or'):
+        replace(folder)
+    assert content(folder) == before
+    assert not (folder / '.lock').exists()
+
+
+def test_write_dataset_atomically_removes_temporary_folders_of_ours_alone(tmp_path):
+    """Without a meta.json, what a killed process was replacing is removed, too, but no other file."""
+    folder = tmp_path / 'data'
+    for name in 'thursday/plan.txt', 'notes/new', 'ab12_34z/new/meta.json', 'abcdefgh/replaced.txt':
+        path = folder / f'.preparing-{name}'
+        path.parent.mkdir(parents=True)
+        path.write_text('train_00009.bin\n../thesis.txt\nthesis.txt')
+    (folder / '.preparing-link5678').symlink_to(tmp_path)
+    for path in tmp_path / 'thesis.txt', folder / 'thesis.txt', folder / 'train_00009.bin':
+        path.write_text('mine')
+    replace(folder)
+    assert (tmp_path / 'thesis.txt').exists() and (folder / 'thesis.txt').exists()
+    assert not (folder / 'train_00009.bin').exists()
+    assert {path.name for path in folder.glob('.preparing*')} == {
+        '.preparing-thursday', '.preparing-notes', '.preparing-link5678'}
 
 
 def test_write_dataset_atomically_leaves_no_empty_folder(folder):
     with pytest.raises(KeyError), write_dataset_atomically(folder / 'absent'):
         raise KeyError
     assert not (folder / 'absent').exists()
+
+
+def test_prepared_folder_is_not_hidden_by_another_folder_of_its_name(tmp_path, monkeypatch):
+    """A path comes first if it holds prepared data; what the message advises makes it do so."""
+    monkeypatch.setattr(shards, '__file__', str(tmp_path / 'data' / 'shards.py'))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'data').mkdir()
+    assert prepared_folder('tales') == tmp_path / 'data' / 'tales'  # neither is there
+    (tmp_path / 'tales').mkdir()
+    folder = prepared_folder('tales')
+    with pytest.raises(UserError, match=r'^tales holds no .*prepare\.py --out_dir tales, or name'):
+        read_meta(folder)
+    make(tmp_path / 'data' / 'tales')
+    assert prepared_folder('tales') == tmp_path / 'data' / 'tales'
+    make(tmp_path / 'tales')
+    assert str(prepared_folder('tales')) == 'tales'
+
+
+def test_tokenizer_files_are_those_that_the_tokenizers_write():
+    assert {name: kind.file_name for name, kind in CLASSES.items()} == shards.TOKENIZER_FILES
 
 
 def change_meta(old, new):
@@ -188,7 +311,12 @@ def change_meta(old, new):
     (change_meta('train_00001.bin', '../train_00001.bin'), 'not a plain file name'),
     (change_meta('"tokens": 400', '"tokens": 0'), 'meta.json is damaged .*tokens is 0'),
     (change_meta('"tokens": 400', '"tokens": "400"'), "meta.json is damaged .*tokens is '400'"),
+    (change_meta('"tokens": 400', '"tokens": true'), 'meta.json is damaged .*tokens is True'),
+    (change_meta('train_00001.bin', 'train_00000.bin'), 'shard train_00000.bin is listed twice'),
+    (change_meta('"vocab_size": 60000', '"vocab_size": 70000'), 'vocab_size is 70000, and tokens are uint16'),
     (lambda folder: (folder / 'meta.json').write_text('[1]'), 'meta.json is damaged'),
+    (lambda folder: (folder / 'meta.json').write_text('[' * 10**6), 'meta.json is damaged'),
+    (lambda folder: os.truncate(folder / 'meta.json', 2**31), 'meta.json is damaged .*2,147,483,648 bytes'),
     (lambda folder: (folder / 'val_00000.bin').write_bytes(bytes(200)), 'val_00000.bin .* the sha256'),
     (lambda folder: (folder / 'train_00001.bin').unlink(), 'train_00001.bin is missing'),
     (lambda folder: os.truncate(folder / 'train_00001.bin', 700), '700 bytes for 400 tokens of 2 bytes'),

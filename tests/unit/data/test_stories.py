@@ -1,4 +1,4 @@
-"""Stories: which file belongs to which split, and worker processes that are killed."""
+"""Stories: worker processes that are killed."""
 
 import os
 import sys
@@ -10,25 +10,9 @@ import pytest
 
 from configurator import UserError
 from data import stories, workers
-from data.stories import group_by_split, map_stories
+from data.stories import map_stories
 
 linux_only = pytest.mark.skipif(sys.platform != 'linux', reason='processes are forked on Linux only')
-
-
-@pytest.mark.parametrize('names, splits, remark', [
-    ('a.txt b.txt', {'train': 'a.txt b.txt'}, ''),
-    ('a-train.txt a-valid.txt', {'train': 'a-train.txt', 'validation': 'a-valid.txt'}, ''),
-    ('train validation test', {'train': 'train', 'validation': 'validation'},
-     'left out, as a test split: test'),
-    ('train test', {'train': 'train', 'validation': 'test'},
-     'for validation, as there is no other split: test'),
-    ('test story', {'train': 'story test'}, ''),
-    ('values.txt contest.txt', {'train': 'values.txt contest.txt'}, ''),
-    ('val.txt', {'train': 'val.txt'}, ''),
-])
-def test_group_by_split_goes_by_words_in_names(names, splits, remark):
-    expected = {split: names.split() for split, names in splits.items()}
-    assert group_by_split(names.split()) == (expected, remark)
 
 
 @pytest.fixture

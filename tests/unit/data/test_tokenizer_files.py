@@ -1,18 +1,34 @@
 """Tokenizers of files and folders: which path means what, and what is imported and refused."""
 
 import json
+import shutil
+import socket
 import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import requests
+import tiktoken
 import torch
 
 from configurator import UserError
-from data.tokenizer_files import open_tokenizer, sentencepiece_model, write_varint
+from data.sentencepiece_file import NORMAL
+from data.tokenizer_files import FIRST, load_gpt2, open_tokenizer, tokenizer_of
+from formats.hf import HuggingFace
+from formats.llama2c import Llama2c
+from formats.plain import Safetensors
+from tests.helpers.models import needs_export_packages, write_random_model
 from tests.helpers.scripts import ROOT, prepare
-from tests.helpers.tokenizers import CORPUS, gpt2_file, needs_gpt2, small_tokenizer
+from tests.helpers.tokenizers import (
+    BUILT_IN_STORIES,
+    NASTY,
+    gpt2_file,
+    needs_gpt2,
+    small_tokenizer,
+    trained_tokenizer,
+)
 
 MODULES = """
 import sys
@@ -84,25 +100,19 @@ def test_open_tokenizer_finds_the_tokenizer_next_to_llama2c_models(tmp_path):
         open_tokenizer(folder / 'model.bin')
 
 
-def test_open_tokenizer_reads_hugging_face_folders(tmp_path):
-    """Its pieces are the char tokenizer's, with one merge: so it is bpe."""
-    chars = json.loads(small_tokenizer('char').files['tokenizer.json'])
-    texts = ['<unk>', '<s>', '</s>', *(f'<0x{byte:02X}>' for byte in range(256)), *chars, 'on']
-    model = {'vocab': {text: i for i, text in enumerate(texts)}, 'merges': ['o n']}
-    (tmp_path / 'tokenizer.json').write_text(json.dumps({'model': model}))
-    tokenizer = open_tokenizer(tmp_path)
-    assert (tokenizer.encoding, tokenizer.vocab_size) == ('bpe', len(texts) + 2)
-    assert tokenizer.encode('on') == [texts.index(' '), texts.index('on')]
-    assert all(tokenizer.decode(tokenizer.encode(text)) == text for text in CORPUS)
-
-
-@needs_gpt2
-def test_open_tokenizer_reads_gpt2_files(tmp_path):
-    for name in 'vocab.bpe', 'encoder.json':
-        assert open_tokenizer(gpt2_file(name)).state() == small_tokenizer('gpt2').state()
-    (tmp_path / 'vocab.json').write_text('{"a": 0}')
-    with pytest.raises(UserError, match=r"vocab\.json is damaged.* not GPT-2's .*hf download gpt2"):
-        open_tokenizer(tmp_path)
+@needs_export_packages
+@pytest.mark.parametrize('fmt, encoding', [
+    (Llama2c(), 'char'), (Llama2c(), 'bpe'), (Llama2c(), 'lossy'),
+    (HuggingFace(), 'char'), (HuggingFace(), 'bpe'), (HuggingFace(), 'gpt2'), (HuggingFace(), 'lossy'),
+    (Safetensors(), 'char'), (Safetensors(), 'bpe'), (Safetensors(), 'gpt2')])
+def test_open_tokenizer_reads_what_each_format_writes(tmp_path, fmt, encoding):
+    tokenizer = trained_tokenizer(encoding)
+    write_random_model(fmt, tokenizer, tmp_path)
+    opened = open_tokenizer(tmp_path / 'model.bin' if isinstance(fmt, Llama2c) else tmp_path)
+    assert (opened.encoding, opened.vocab_size) == (tokenizer.encoding, tokenizer.vocab_size)
+    assert opened.lossless == (encoding != 'lossy')
+    for text in BUILT_IN_STORIES[:9] + NASTY:
+        assert opened.encode(text) == tokenizer.encode(text)
 
 
 def test_open_tokenizer_runs_no_pickle(tmp_path, monkeypatch):
@@ -135,12 +145,17 @@ def test_open_tokenizer_notices_a_changed_byte_in_a_checkpoint(tmp_path):
     ('tokenizer.bin', struct.pack('<ifi', 9, 0, 2**31 - 1) + b'<unk>', 'damaged.*breaks off'),
     ('tokenizer.json', b'{', 'tokenizer.json is damaged'),
     ('tokenizer.json', b'7', 'neither a list of characters nor a vocabulary'),
-    ('tokenizer.json', b'{"model": {"vocab": [["a", 0]]}}', 'not an object of pieces and ids'),
-    ('tokenizer.json', b'{"model": {"vocab": {"a": "0"}}}', 'not an object of pieces and ids'),
-    ('tokenizer.json', b'{"model": {"vocab": {"a": 1}}}', 'its ids are not the numbers from 0 on'),
-    ('tokenizer.json', b'{"model": {"vocab": {"a": 0}}}', 'no list of merges'),
-    ('tokenizer.json', b'{"model": {"vocab": {"a": 0}, "merges": [1]}}', 'not a pair of pieces'),
-    ('tokenizer.json', b'{"model": {"vocab": {"a": 0}, "merges": []}}', 'ids 3 to 258 are not the bytes'),
+    ('tokenizer.json', b'{"model": {}}', 'the type of its model is None'),
+    ('vocab.json', b'{"a": "0"}', 'not an object of pieces and ids'),
+    ('vocab.json', b'{"a": 1}', 'its ids are not the numbers from 0 on'),
+    ('vocab.json', b'{"a": 0}', "it is not GPT-2's vocabulary: .*hf download gpt2"),
+    ('vocab.txt', b'[PAD]\n[UNK]\n[CLS]\nthe\n##s\n', "a vocabulary of BERT's kind"),
+    ('story.txt', 'Zürich'.encode('latin-1'), "can't decode byte"),
+    ('story.txt', b'<!DOCTYPE html><html>', 'an HTML page'),
+    ('tokenizer.json', b'version https://git-lfs.github.com/spec/v1\noid', 'a Git LFS pointer'),
+    ('tokenizer.model', b'version https://git-lfs.github.com/spec/v1\noid', 'a Git LFS pointer'),
+    ('tokenizer.bin', b'version https://git-lfs.github.com/spec/v1\noid', 'a Git LFS pointer'),
+    ('ckpt.pt', b'version https://git-lfs.github.com/spec/v1\noid', 'a Git LFS pointer'),
 ])
 def test_open_tokenizer_refuses_foreign_and_damaged_files(tmp_path, name, content, message):
     if content is not None:
@@ -150,17 +165,64 @@ def test_open_tokenizer_refuses_foreign_and_damaged_files(tmp_path, name, conten
     assert '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('number, data', [
-    (0, b'\x00'), (1, b'\x01'), (127, b'\x7f'), (128, b'\x80\x01'), (300, b'\xac\x02'),
-    (2**21, b'\x80\x80\x80\x01')])
-def test_write_varint_equals_the_examples_of_protocol_buffers(number, data):
-    assert write_varint(number) == data
+def test_tokenizer_of_keeps_pieces_of_128_bytes():
+    """Their length takes two bytes in sentencepiece's file."""
+    pieces = [('a' * 2**i, float(i), NORMAL) for i in range(8)]
+    assert tokenizer_of([*FIRST, *pieces]).encode('a' * 128)[-1] == len(FIRST) + 7
 
 
-def test_sentencepiece_model_is_read_by_sentencepiece():
-    import sentencepiece
+# GPT-2's vocabulary -------------------------------------------------------------
 
-    pieces = [('<unk>', 0.0, 2), ('<s>', 0.0, 3), ('</s>', 0.0, 3), ('a', -1.5, 1), ('b' * 200, -2.5, 1)]
-    model = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model(pieces))
-    read = [(model.id_to_piece(i), model.get_score(i)) for i in range(model.get_piece_size())]
-    assert read == [(text, score) for text, score, _ in pieces]
+@needs_gpt2
+@pytest.mark.parametrize('name', ['vocab.json', 'merges.txt'])
+def test_open_tokenizer_finds_gpt2_in_a_folder_or_a_cache(tmp_path, name):
+    cache = tmp_path / 'hub'
+    folder = cache / 'models--gpt2' / 'snapshots' / '607a30d'
+    folder.mkdir(parents=True)
+    (folder.parent / 'older').mkdir()
+    (cache / 'models--other--one' / 'snapshots' / 'f').mkdir(parents=True)
+    shutil.copy(gpt2_file({'vocab.json': 'encoder.json', 'merges.txt': 'vocab.bpe'}[name]), folder / name)
+    (folder / 'config.json').write_text('{"model_type": "gpt2", "n_layer": 12}')
+    for path in folder, cache / 'models--gpt2', cache, cache.parent:
+        assert open_tokenizer(path).state() == trained_tokenizer('gpt2').state()
+
+
+@pytest.fixture
+def empty_caches(tmp_path, monkeypatch):
+    """A folder that both tiktoken and Hugging Face use as their cache."""
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))
+    monkeypatch.setenv('HF_HUB_CACHE', str(tmp_path))
+    return tmp_path
+
+
+def no_network(*args, **options):
+    raise OSError('no network')
+
+
+@pytest.mark.parametrize('offline, message', [
+    (False, r'and cannot be downloaded \(ConnectionError\)'), (True, "'s\\) or ")])
+def test_load_gpt2_says_how_to_get_it(empty_caches, monkeypatch, offline, message):
+    resolve = None if offline else no_network  # None: nobody may call it
+    monkeypatch.setattr(socket, 'getaddrinfo', resolve)
+    with pytest.raises(UserError, match=rf'{message}.*: .*hf download gpt2 .* --tokenizer gpt2'):
+        load_gpt2(offline)
+
+
+@needs_gpt2
+def test_load_gpt2_finds_it_in_the_cache_of_hugging_face(empty_caches, monkeypatch):
+    monkeypatch.setattr(socket, 'socket', no_network)
+    snapshot = empty_caches / 'models--openai-community--gpt2' / 'snapshots' / '607a30d'
+    snapshot.mkdir(parents=True)
+    shutil.copy(gpt2_file('encoder.json'), snapshot / 'vocab.json')
+    assert load_gpt2().state() == trained_tokenizer('gpt2').state()
+
+
+@needs_gpt2
+def test_load_gpt2_downloads_it_once(empty_caches, monkeypatch):
+    with monkeypatch.context() as online:
+        online.setattr(requests, 'head', lambda url, timeout: None)
+        online.setattr(tiktoken.registry, 'ENCODINGS', {})
+        online.setattr(tiktoken.load, 'read_file', lambda url: gpt2_file(url.split('/')[-1]).read_bytes())
+        load_gpt2()
+    monkeypatch.setattr(socket, 'socket', no_network)
+    assert load_gpt2(offline=True).state() == load_gpt2().state() == trained_tokenizer('gpt2').state()

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from configurator import UserError
+from core.checkpoint import load_model
 from data.tokenizer import tokenizer_from_state
 from formats import base
 from formats.hf import HuggingFace
@@ -61,10 +62,19 @@ class MemoryImporter(base.Importer):
 
 def test_importer_accepts_a_file_that_also_holds_a_tied_head():
     checkpoint = random_checkpoint(trained_tokenizer('char'))
-    checkpoint['model']['lm_head.weight'] = torch.zeros(3)
+    checkpoint['model']['lm_head.weight'] = checkpoint['model']['embedding.weight'].clone()
     loaded = MemoryImporter(checkpoint).load('x')
     assert loaded['model']['lm_head.weight'] is loaded['model']['embedding.weight']
-    assert loaded['tokenizer'] is None
+    assert loaded['config']['tie_embeddings'] and loaded['tokenizer'] is None
+
+
+def test_importer_uses_a_head_that_is_not_the_embedding_whatever_the_config_says():
+    checkpoint = random_checkpoint(trained_tokenizer('char'))
+    head = torch.rand_like(checkpoint['model']['embedding.weight'])
+    checkpoint['model']['lm_head.weight'] = head
+    loaded = MemoryImporter(checkpoint).load('x')
+    assert not loaded['config']['tie_embeddings']
+    assert torch.equal(load_model(loaded).lm_head.weight, head)
 
 
 @pytest.mark.parametrize('name, change, message', [

@@ -3,49 +3,43 @@
 import pytest
 import torch
 
-from formats.families import GPT2, LLAMA, family_of, rename_weights, required_block
+from formats.families import GPT2, LLAMA, required_block
 from model import GPT, GPTConfig
 from tests.helpers.models import GPT2_BLOCK
 
-NAMES = {'blocks': 'model.layers', 'attn.q': 'self_attn.q_proj', 'norm': 'model.norm'}
+
+@pytest.mark.parametrize('family, ours, theirs', [
+    (LLAMA, 'blocks.12.attn.q.bias', 'model.layers.12.self_attn.q_proj.bias'),
+    (LLAMA, 'norm.weight', 'model.norm.weight'),
+    (LLAMA, 'lm_head.weight', 'lm_head.weight'),
+    (GPT2, 'blocks.3.mlp.up.weight', 'transformer.h.3.mlp.c_fc.weight'),
+    (GPT2, 'blocks.3.attn.v.bias', 'transformer.h.3.attn.c_attn.bias')])
+def test_their_name_maps_each_part_of_a_name(family, ours, theirs):
+    assert family.their_name(ours) == theirs
 
 
-def test_rename_weights_maps_each_part_of_a_name():
-    weights = {'blocks.3.attn.q.weight': 1, 'blocks.12.attn.q.bias': 2, 'norm.weight': 3}
-    assert rename_weights(weights, NAMES) == {
-        'model.layers.3.self_attn.q_proj.weight': 1, 'model.layers.12.self_attn.q_proj.bias': 2,
-        'model.norm.weight': 3}
+@pytest.mark.parametrize('family, name, usual', [
+    (LLAMA, 'layers.3.mlp.up_proj.weight', 'model.layers.3.mlp.up_proj.weight'),
+    (LLAMA, 'model.model.norm.weight', 'model.norm.weight'),
+    (LLAMA, '_orig_mod.module.model.embed_tokens.weight', 'model.embed_tokens.weight'),
+    (LLAMA, 'module.lm_head.weight', 'lm_head.weight'),
+    (LLAMA, 'model.layers.0._orig_mod.input_layernorm.weight', 'model.layers.0.input_layernorm.weight'),
+    (GPT2, 'wte.weight', 'transformer.wte.weight'),
+    (GPT2, 'module.transformer.h.0.ln_1.bias', 'transformer.h.0.ln_1.bias'),
+    (GPT2, 'score.weight', 'score.weight'),
+    (LLAMA, 'vision.layers.0.norm.weight', 'vision.layers.0.norm.weight'),
+    (LLAMA, 'model', 'model')])
+def test_usual_name_is_without_the_names_of_wrappers(family, name, usual):
+    assert family.usual_name(name) == usual
 
 
-def test_rename_weights_leaves_out_unknown_names():
-    weights = {'blocks.3.attn.rotary.inv_freq': 1, 'layers.3.attn.q.weight': 2, 'head.weight': 3}
-    assert rename_weights(weights, NAMES) == {}
-
-
-@pytest.mark.parametrize('name', ['', 'weight', 'norm\nweight'])
-def test_rename_weights_rejects_names_of_another_form(name):
-    with pytest.raises(ValueError, match='which no model of this project has'):
-        rename_weights({name: 1}, NAMES)
-
-
-@pytest.mark.parametrize('choices', [{'bias': True, 'tie_embeddings': False}, GPT2_BLOCK])
-def test_renaming_there_and_back_keeps_every_weight(choices):
-    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=8, block_size=4, vocab_size=9, **choices))
-    weights = dict(model.state_dict())
-    family = family_of(model.config)
-    assert family is (GPT2 if 'norm' in choices else LLAMA)
-    theirs = family.rename_to_theirs(weights)
+def test_gpt2_has_queries_keys_and_values_in_one_tensor():
+    weights = dict(GPT(GPTConfig(n_layer=2, n_head=2, n_embd=8, block_size=4, **GPT2_BLOCK)).state_dict())
+    parts = [weights[f'blocks.1.attn.{part}.weight'] for part in 'qkv']
+    theirs = GPT2.rename_to_theirs(weights)
+    assert torch.equal(theirs['transformer.h.1.attn.c_attn.weight'], torch.cat(parts))
+    assert len(theirs) == len(weights) - 8
     assert not theirs.keys() & weights.keys() - {'lm_head.weight'}
-    back = family.rename_to_ours(theirs)
-    assert back.keys() == weights.keys()
-    for name, w in back.items():
-        assert torch.equal(w, weights[name])
-
-
-@pytest.mark.parametrize('shape', [(), (0, 8), (16, 8)])
-def test_gpt2_rejects_an_attention_tensor_that_does_not_divide_by_three(shape):
-    with pytest.raises(ValueError, match='c_attn has the shape'):
-        GPT2.rename_to_ours({'transformer.h.0.attn.c_attn.weight': torch.zeros(shape)})
 
 
 def test_required_block_of_gpt2_has_no_grouped_queries():

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from configurator import UserError
 from formats.gguf import GGUF
 from model import GPTConfig
 from tests.helpers.models import GPT2_BLOCK, needs_export_packages, write_random_model
@@ -29,6 +30,7 @@ def test_llamacpp_tokenizes_texts_as_we_do(tmp_path, encoding):
         assert fmt.decode(ids) == text
 
     check()
+    fmt.close()
 
 
 @needs_export_packages
@@ -51,6 +53,20 @@ def test_metadata_say_what_the_file_holds(tmp_path, dtype, block, expected):
     assert fields['tokenizer.ggml.eos_token_id'].contents() == 1
 
 
+@needs_export_packages
+def test_read_says_that_llamacpp_cannot_run_the_model(tmp_path):
+    """llama.cpp ends its process on a context of one token, and on half a file."""
+    fmt = GGUF()
+    write_random_model(fmt, trained_tokenizer('char'), tmp_path / 'a.gguf', block_size=1)
+    with pytest.raises(UserError, match=r'llama\.cpp failed to run the model \(.*\): nothing was kept'):
+        fmt.read(tmp_path / 'a.gguf')
+    write_random_model(fmt, trained_tokenizer('char'), tmp_path / 'b.gguf')
+    fmt.read(tmp_path / 'b.gguf')
+    fmt.close()
+    with pytest.raises(UserError, match=r'llama\.cpp failed to run'):
+        fmt.encode('Once')
+
+
 def test_q8_0_needs_widths_that_32_divides():
     tokenizer = trained_tokenizer('char')
     for width in {'mlp_width': 40}, {'n_embd': 48}:
@@ -60,8 +76,3 @@ def test_q8_0_needs_widths_that_32_divides():
         assert GGUF('f16').incompatibilities(config, tokenizer) == []
 
 
-def test_recognizes_a_gguf_file(tmp_path):
-    (tmp_path / 'a').write_bytes(b'GGUF\3')
-    (tmp_path / 'b').write_bytes(b'GGU')
-    assert GGUF().recognizes(tmp_path / 'a')
-    assert not GGUF().recognizes(tmp_path / 'b')

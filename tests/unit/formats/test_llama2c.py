@@ -87,6 +87,13 @@ def test_version_2_has_each_tensor_where_runq_reads_it(tmp_path, tied):
     assert offset == len(data)
 
 
+def test_load_rejects_a_table_of_other_rotary_positions(tmp_path):
+    """Old versions of `run` used it, new ones and we compute with a rope_theta of 10,000."""
+    write_random_model(Llama2c(), trained_tokenizer('char'), tmp_path, rope_theta=500.0)
+    with pytest.raises(UserError, match='its table of rotary positions is not for a rope_theta of 10000'):
+        load_pretrained(tmp_path / 'model.bin')
+
+
 def test_quantize_keeps_zeros():
     integers, scales = quantize(np.zeros((2, 4), np.float32), 4)
     assert not integers.any() and not scales.any()

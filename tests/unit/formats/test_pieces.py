@@ -1,6 +1,7 @@
 """Vocabularies and merges for foreign files."""
 
-from data.tokenizer_files import CONTROL, FIRST, NORMAL
+from data.sentencepiece_file import CONTROL, NORMAL
+from data.tokenizer_files import FIRST
 from formats.pieces import gpt2_merges, merges_of, pieces_of
 from tests.helpers.tokenizers import gpt2_file, needs_gpt2, trained_tokenizer
 

@@ -43,6 +43,40 @@ def test_load_pretrained_rejects_what_is_not_a_model(tmp_path, name):
         load_pretrained(tmp_path / name)
 
 
+POINTER = b'version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n'
+
+
+@needs_export_packages
+@pytest.mark.parametrize('fmt, name', [
+    (HuggingFace(), 'config.json'), (HuggingFace(), 'model.safetensors'),
+    (HuggingFace(), 'pytorch_model.bin'),
+    (Safetensors(), 'config.json'), (Safetensors(), 'model.safetensors'),
+    (Llama2c(), 'model.bin'), (None, 'best.pt'), (None, 'model.gguf')])
+@pytest.mark.parametrize('content, message', [
+    (POINTER, 'is a Git LFS pointer, not the file itself'), (b'<!DOCTYPE html><p>404', 'is an HTML page')])
+def test_load_pretrained_says_that_a_file_is_not_there_itself(tmp_path, fmt, name, content, message):
+    if fmt is not None:
+        write_random_model(fmt, trained_tokenizer('char'), tmp_path)
+    if name == 'pytorch_model.bin':
+        (tmp_path / 'model.safetensors').unlink()
+    (tmp_path / name).write_bytes(content)
+    path = tmp_path / name if name in ('model.bin', 'model.gguf') else tmp_path
+    with pytest.raises(UserError, match=f'{name} {message}'):
+        load_pretrained(path)
+
+
+@needs_export_packages
+def test_load_pretrained_rejects_a_part_of_a_model(tmp_path):
+    write_random_model(HuggingFace(), trained_tokenizer('char'), tmp_path)
+    for name in 'model.safetensors', 'pytorch_model.bin':
+        (tmp_path / name).touch()
+        with pytest.raises(UserError, match=f'{name} is one file of a model: name its folder, {tmp_path}'):
+            load_pretrained(tmp_path / name)
+    (tmp_path / 'adapter_config.json').touch()
+    with pytest.raises(UserError, match=r'holds an adapter .*: merge it into its model'):
+        load_pretrained(tmp_path)
+
+
 @needs_export_packages
 @pytest.mark.parametrize('fmt', [HuggingFace(), Safetensors(), Llama2c()])
 def test_find_importer_recognizes_each_format(tmp_path, fmt):
