@@ -293,7 +293,9 @@ def main():
     model = load_model(checkpoint)
     check_model(formats, model.config, tokenizer)
 
-    target = Path(path).resolve()  # through a link to the place itself
+    target = Path(path).absolute()
+    if target.is_symlink():
+        target = target.resolve()  # the link stays
     with staging(target) as staged:
         with report_write_errors(target, '--path'):
             write_export(chosen, staged, checkpoint, tokenizer)

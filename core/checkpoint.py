@@ -32,6 +32,7 @@ import torch
 from configurator import SettingError, UserError, script_path, user_errors
 from core.distributed import get_ranks
 from data.files import (
+    check_stored,
     lock_folder,
     refuse_stand_in,
     report_write_errors,
@@ -44,6 +45,7 @@ from model import GPT, GPTConfig
 
 FILES = {'last': 'ckpt.pt', 'best': 'best.pt'}
 NUMBER = float | int
+PLAIN = bool | int | float | str  # a setting
 TYPES = {
     'model': dict, 'config': dict, 'tokenizer': dict | None, 'settings': dict, 'iter': int,
     'best_val_loss': NUMBER, 'best_iter': int, 'measured_on': str, 'optimizers': list, 'scaler': dict,
@@ -52,6 +54,10 @@ TYPES = {
 REQUIRED = 'model', 'config', 'tokenizer', 'settings', 'iter'
 TO_RESUME = *REQUIRED, 'best_val_loss', 'optimizers', 'scaler', 'fingerprint'
 LONGEST_CONTEXT = 2**20
+KEPT = re.compile(r'ckpt_(\d+)\.pt')  # a copy for each save_interval
+# What a run writes into its folder next to the tokenizer, and what a killed process may leave of it
+RUN_FILES = re.compile(r'(ckpt(_\d+)?|best)\.pt|(metrics|samples)\.jsonl|run\.json|loss\.png')
+LEFTOVERS = re.compile(r'(ckpt(_\d+)?|best)\.pt\.tmp')
 
 
 # reading ----------------------------------------------------------------------
@@ -75,7 +81,7 @@ def load_checkpoint(path, required=REQUIRED):
 
 
 def check_types(checkpoint, required):
-    """Raise ValueError if a value of a checkpoint is missing or of the wrong type."""
+    """Raise ValueError if a value of a checkpoint is missing, of the wrong type, or out of range."""
     if not isinstance(checkpoint, dict):
         raise ValueError(f'it holds a {type(checkpoint).__name__}')
     for name in required:
@@ -84,15 +90,27 @@ def check_types(checkpoint, required):
     for name, value in checkpoint.items():
         if name not in TYPES:
             continue
-        is_negative = isinstance(value, NUMBER) and not value >= 0  # or nan
-        if not isinstance(value, TYPES[name]) or is_negative:
+        if not isinstance(value, TYPES[name]) or not is_in_range(value):
             raise ValueError(f'its {name} is {reprlib.repr(value)}')
+    for name, value in checkpoint['settings'].items():
+        is_text = name in ('out_dir', 'dataset')
+        if not isinstance(name, str) or not isinstance(value, str if is_text else PLAIN):
+            raise ValueError(f'its setting {reprlib.repr(name)} is {reprlib.repr(value)}')
+    config_of(checkpoint['config'])
+
+
+def is_in_range(value):
+    """Return whether a value of a checkpoint, if a number, is neither negative nor nan and fits 64 bits."""
+    if isinstance(value, int):
+        return 0 <= value < 2**63
+    return not isinstance(value, float) or value >= 0
 
 
 def damage(path):
     """Return what is wrong with the file itself, or ''. torch.load does not compare the checksums."""
     try:
         with zipfile.ZipFile(path) as archive:
+            check_stored(archive)
             damaged_file = archive.testzip()
     except Exception as error:  # a file that is not an archive, or half of one, fails in many ways
         return str(error) or type(error).__name__
@@ -240,13 +258,17 @@ class RunFolder:
         self.overwrite = overwrite
         self.check()
 
-    def holds_run(self):
-        return any((self.path / name).exists() for name in (*FILES.values(), 'metrics.jsonl'))
+    def matching(self, pattern):
+        """Return the paths in the folder whose names match a compiled pattern, sorted."""
+        if not self.path.is_dir():
+            return []
+        return sorted(path for path in self.path.iterdir() if pattern.fullmatch(path.name))
 
     def check(self):
-        if self.holds_run() and not self.resume and not self.overwrite:
-            raise SettingError(f'{self.path} holds another run: resume it (--init_from resume), replace it '
-                               '(--overwrite), or name another folder (--out_dir)')
+        found = self.matching(RUN_FILES)
+        if found and not self.resume and not self.overwrite:
+            raise SettingError(f'{self.path} holds another run ({found[0].name}): resume it (--init_from '
+                               'resume), replace it (--overwrite), or name another folder (--out_dir)')
 
     def begin(self, checkpoint, tokenizer):
         """Lock the folder and start the run in it with a first checkpoint, or resume it at `checkpoint`.
@@ -257,10 +279,10 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = lock_folder(self.path, 'wait for it, or name another --out_dir')
             self.check()  # once more: a run may have started and ended since
-            replaces_run = self.holds_run() and not self.resume
+            replaces_run = len(self.matching(RUN_FILES)) > 0 and not self.resume
             if not replaces_run:
                 self.check_tokenizer(tokenizer)
-            for left in self.path.glob('*.tmp'):  # left by a process that was killed while it saved
+            for left in self.matching(LEFTOVERS):  # by a process that was killed while it saved
                 left.unlink()
             if not self.resume:
                 self.save(checkpoint)  # from here on the folder holds this run
@@ -273,7 +295,7 @@ class RunFolder:
         """Remove what is left of the previous run, once ckpt.pt is that of the new one."""
         for name in FILES['best'], 'loss.png', *TOKENIZER_FILES:
             (self.path / name).unlink(missing_ok=True)
-        for old in self.path.glob('ckpt_*.pt'):
+        for old in self.matching(KEPT):
             old.unlink()
 
     def check_tokenizer(self, tokenizer):
@@ -307,12 +329,8 @@ class RunFolder:
 
     def later_checkpoints(self, step):
         """Return the names of the kept checkpoints ckpt_STEP.pt with STEP > `step`, in their order."""
-        steps = []
-        for path in self.path.glob('ckpt_*.pt'):
-            number = re.fullmatch(r'ckpt_(\d+)\.pt', path.name)
-            if number and int(number[1]) > step:
-                steps.append(int(number[1]))
-        return [f'ckpt_{later}.pt' for later in sorted(steps)]
+        steps = [int(KEPT.fullmatch(path.name)[1]) for path in self.matching(KEPT)]
+        return [f'ckpt_{later}.pt' for later in sorted(steps) if later > step]
 
     def records(self, name='metrics.jsonl'):
         """Yield the lines of a file as dicts, skipping malformed lines (a killed run's last)."""

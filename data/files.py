@@ -5,6 +5,7 @@ import glob
 import os
 import re
 import tempfile
+import zipfile
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -79,9 +80,9 @@ def describe_obstacle(path):
     Example: 'out is a link to /mnt/disk/out, which does not exist'
     """
     for place in path, *path.parents:
-        if place.is_symlink() and not place.exists():
+        if os.path.islink(place) and not os.path.exists(place):
             return f'{place} is a link to {os.readlink(place)}, which does not exist'
-        if place.is_file():
+        if os.path.isfile(place):
             return f'{place} is a file, not a folder'
     return ''
 
@@ -166,3 +167,18 @@ def refuse_stand_in(path):
     for beginning, (what, advice) in STAND_INS.items():
         if start.startswith(beginning):
             raise UserError(f'{path} is {what}, not the file itself: {advice}')
+
+
+def check_stored(archive):
+    """Raise ValueError unless each record of a ZipFile is stored as it is, in a place of its own.
+
+    torch maps records into memory, and would take the bytes of a compressed one for weights. And a small
+    archive could hold records of any size.
+    """
+    for record in archive.infolist():
+        if record.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f'{record.filename} is compressed: torch.save stores records as they are')
+    size = os.path.getsize(archive.filename)
+    n_bytes = sum(record.file_size for record in archive.infolist())
+    if n_bytes > size:
+        raise ValueError(f'it has {size:,} bytes, and records of {n_bytes:,}')

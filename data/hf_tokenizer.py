@@ -273,6 +273,7 @@ def gpt2_of_vocabulary(vocab):
 
 def gpt2_of_merges(text):
     """Return GPT-2's tokenizer from its merges.txt or vocab.bpe. Raises ValueError if it is another."""
+    check_n_ids(text.count('\n'))  # before there is a list of them
     merged = [line.replace(' ', '') for line in text.splitlines() if not line.startswith('#version')]
     tokens = [*GPT2_BYTES, *merged]  # the bytes come first, then what each line merges
     return GPT2Tokenizer(gpt2_data(tokens))

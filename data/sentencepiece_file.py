@@ -15,24 +15,26 @@ SPACE_MARK = '\u2581'  # how sentencepiece writes a space
 
 MODEL_TYPES = {1: 'unigram', 2: 'bpe', 3: 'word', 4: 'char'}
 BPE = 2
+MAX_FIELDS = 100_000  # more than a model of 65,536 pieces has
 
 
 def sentencepiece_model(pieces):
     """Return the bytes of a sentencepiece BPE model with these pieces: (text, score, kind)."""
-    model = b''
+    fields = []
     for text, score, kind in pieces:
         text = text.replace(' ', SPACE_MARK).encode()
         piece = b'\x0a' + write_varint(len(text)) + text
         piece += b'\x15' + struct.pack('<f', score)
         piece += b'\x18' + write_varint(kind)
-        model += b'\x0a' + write_varint(len(piece)) + piece
+        fields.append(b'\x0a' + write_varint(len(piece)) + piece)
     # trainer_spec: model_type (3) is BPE, vocab_size (4), byte_fallback (35)
     has_bytes = len(pieces) > 3 and pieces[3][2] == BYTE
     trainer = b'\x18\x02' + b'\x20' + write_varint(len(pieces)) + b'\x98\x02' + write_varint(int(has_bytes))
-    model += b'\x12' + write_varint(len(trainer)) + trainer
+    fields.append(b'\x12' + write_varint(len(trainer)) + trainer)
     # normalizer_spec: name (1), add_dummy_prefix (3) is on, remove_extra_whitespaces (4) is off
     normalizer = b'\x0a\x08identity' + b'\x18\x01' + b'\x20\x00'
-    return model + b'\x1a' + write_varint(len(normalizer)) + normalizer
+    fields.append(b'\x1a' + write_varint(len(normalizer)) + normalizer)
+    return b''.join(fields)
 
 
 def check_encoding(data):
@@ -47,7 +49,7 @@ def check_encoding(data):
         if number in specs and isinstance(value, bytes):
             specs[number].update(read_fields(value))
         elif number == 1 and isinstance(value, bytes):
-            piece = dict(read_fields(value))
+            piece = dict(read_fields(value, at_most=10))
             if piece.get(3) == USER_DEFINED:
                 text = entry(piece, 1, b'').decode()
                 raise ValueError(f'it has user_defined_symbols, such as {text!r}: train it without')
@@ -74,23 +76,22 @@ def entry(message, number, default):
     return value if type(value) is type(default) else default
 
 
-def count_pieces(data, at_most):
-    """Return the number of pieces in a model. Raises ValueError if there are more than `at_most`."""
-    n_pieces = 0
-    for number, _ in read_fields(data):
-        n_pieces += number == 1
-        if n_pieces > at_most:
-            raise ValueError(f'it has more than {at_most:,} ids')
-    return n_pieces
+def count_pieces(data):
+    """Return the number of pieces in a model. Raises ValueError if it is not a model of sentencepiece."""
+    return sum(number == 1 for number, _ in read_fields(data))
 
 
-def read_fields(data):
+def read_fields(data, at_most=MAX_FIELDS):
     """Yield (number, value) of each field of a protocol buffer: an int if it is a varint, else bytes.
 
-    Raises ValueError if `data` is not a protocol buffer.
+    Raises ValueError if `data` is not a protocol buffer, or has more than `at_most` fields.
     """
     position = 0
+    n_fields = 0
     while position < len(data):
+        n_fields += 1
+        if n_fields > at_most:
+            raise ValueError(f'it has more than {at_most:,} ids or entries')
         tag, position = read_varint(data, position)
         number, wire_type = divmod(tag, 8)
         if wire_type == 0:

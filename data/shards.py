@@ -100,12 +100,12 @@ def write_dataset_atomically(folder):
                                                  ignore_cleanup_errors=True) as temporary:
                     for name in TEMPORARY_FOLDERS:
                         Path(temporary, name).mkdir()
-                    with plain_path(Path(temporary, 'cache')) as cache:
-                        try:
+                    try:
+                        with plain_path(Path(temporary, 'cache')) as cache:
                             yield Path(temporary, 'new'), cache
-                        except BaseException as error:
-                            forget_variables(error)
-                            raise
+                    except BaseException as error:
+                        forget_variables(error)
+                        raise
                     replace_dataset(folder, Path(temporary))
             except BaseException:
                 if not had_lock:
@@ -224,14 +224,15 @@ def read_meta(folder):
 def check_meta(meta):
     """Check the entries of meta.json that we read. Raises ValueError."""
     entry(meta, 'encoding', str)
-    if count(meta, 'vocab_size') > 2**16:
-        raise ValueError(f"vocab_size is {meta['vocab_size']}, and tokens are uint16")
-    for name in 'delimiter', 'blank', 'middle':
-        if name in meta:
-            count(meta, name)
+    vocab_size = count(meta, 'vocab_size')
+    if vocab_size > 2**16:
+        raise ValueError(f'vocab_size is {vocab_size}, and tokens are uint16')
     rate = meta.get('infill_rate', 0)
     if type(rate) not in (int, float) or not 0 <= rate <= 1:
         raise ValueError(f'infill_rate is {reprlib.repr(rate)}')
+    for name in 'delimiter', 'blank', 'middle':
+        if rate > 0 and count(meta, name) >= vocab_size:  # nobody reads them without infilling
+            raise ValueError(f'{name} is {meta[name]}, beyond the vocabulary of {vocab_size}')
     splits = entry(meta, 'splits', dict)
     names = set()
     for split in SPLITS:

@@ -38,10 +38,9 @@ HUB_TIMEOUT = 5  # seconds to wait for the hub's first answer; the library would
 # sources ------------------------------------------------------------------------
 
 def load_stories(source, cache, how, seed=1337, offline=False):
-    """Return (DatasetDict of the stories, lines that say how the source was read).
+    """Return (DatasetDict of the stories, lines that say what was read: first, which file is in which split).
 
-    A .txt that is one document has the split `document` alone, with one row. The first line says which file
-    is in which split.
+    A .txt that is one document has the split `document` alone, with one row.
 
     source: 'sample' (the built-in corpus), a local path, or a name on the Hugging Face hub.
     cache: the folder for the Arrow files.
@@ -65,14 +64,12 @@ def load_stories(source, cache, how, seed=1337, offline=False):
         import_datasets(offline=True)
         return load_story_files(path, cache, how)
 
-    import datasets
-
     names, files_line = group_by_split(named)
     splits = {}
     for split in names:
         parts = [(source, named[name]) for name in names[split]]
         splits[split], _ = write_stories(parts, split, cache)
-    return datasets.DatasetDict(splits), [files_line]
+    return dataset_dict(splits), [one_line(files_line)]
 
 
 def import_datasets(offline):
@@ -203,8 +200,6 @@ def plain_name(name):
 
 def load_story_files(path, cache, how):
     """Return (DatasetDict, lines) of a file or a folder of files, as load_stories does."""
-    import datasets
-
     files = find_story_files(path)
     check_format(how, {file_type(file) for file in files.values()}, path)
     names, files_line = group_by_split(files)
@@ -215,14 +210,15 @@ def load_story_files(path, cache, how):
         parts = [(file, read_stories(file, how)) for file in paths]
         splits[split], counts = write_stories(parts, split, cache)
         n_stories.update(zip(paths, counts, strict=True))
+    stories = dataset_dict(splits)
     lines = [files_line, describe_empty(n_stories), describe_unseparated(n_stories, how)]
-    document = None
-    if len(splits) == 1:
+    if len(splits) == 1 and sum(n_stories.values()) == 1:
         document = only_document(n_stories, how)
-    if document is not None:
-        # as it is: line breaks at the ends of a document are part of it
-        splits = {'document': datasets.Dataset.from_dict({'text': [document]})}
-    return datasets.DatasetDict(splits), [one_line(line) for line in lines if line]
+        if document is not None:
+            whole, _ = write_stories([(path, [document])], 'document', cache, strip='')
+            stories = dataset_dict({'document': whole})
+            lines = lines[1:]
+    return stories, [one_line(line) for line in lines if line]
 
 
 def in_reading_order(paths):
@@ -243,10 +239,10 @@ def describe_empty(n_stories):
 
 
 def only_document(n_stories, how):
-    """Return the text of the only file that is not empty if it is a .txt without separators, else None."""
-    full = [path for path, n in n_stories.items() if n > 0]
-    if len(full) == 1 and file_type(full[0]) == '.txt' and n_stories[full[0]] == 1:
-        return read_document(full[0], how)
+    """Return the text of the only file that is not empty, or None if it is not a .txt without separators."""
+    for path, n in n_stories.items():
+        if n == 1 and file_type(path) == '.txt':
+            return read_document(path, how)
     return None
 
 
@@ -255,11 +251,11 @@ def only_document(n_stories, how):
 BATCH = 1 << 20  # characters in a batch of an Arrow file
 
 
-def write_stories(parts, split, cache):
+def write_stories(parts, split, cache, strip='\r\n'):
     """Write stories to an Arrow file. Return it as a Dataset, and the number of stories in each part.
 
     parts: a list of (path or name, for messages; an iterator of stories: str, or None for a blank one).
-    Line breaks at the ends of a story are left out: what is between stories is not part of them.
+    strip: characters to leave out at the ends of a story. Line breaks between stories are not part of them.
     """
     import datasets
     import pyarrow
@@ -273,20 +269,20 @@ def write_stories(parts, split, cache):
         for what, stories in parts:
             counts.append(0)
             with user_errors(what):
-                for batch in in_batches(stories):
+                for batch in in_batches(stories, strip):
                     writer.write_batch(pyarrow.record_batch([batch], schema))
                     counts[-1] += len(batch)
                     bar.update(len(batch))
     return datasets.Dataset.from_file(str(path)), counts
 
 
-def in_batches(stories):
-    """Yield lists of stories, without the line breaks at their ends, of about BATCH characters each."""
+def in_batches(stories, strip):
+    """Yield lists of stories of about BATCH characters each, without the characters `strip` at their ends."""
     batch = []
     size = 0
     for story in stories:
         if story is not None:
-            story = story.strip('\r\n')
+            story = story.strip(strip) if strip else story
             size += len(story)
         batch.append(story)
         if size >= BATCH or len(batch) == 10_000:
@@ -296,6 +292,12 @@ def in_batches(stories):
     if batch:
         yield batch
 
+
+def dataset_dict(splits):
+    """Return a DatasetDict of {split: Dataset}."""
+    import datasets
+
+    return datasets.DatasetDict(splits)
 
 
 # map ----------------------------------------------------------------------------

@@ -201,7 +201,7 @@ class BPETokenizer(Tokenizer):
     def __init__(self, data):
         import sentencepiece
 
-        count_pieces(data, at_most=MAX_IDS)  # before the library does work for each
+        check_n_ids(count_pieces(data))  # before the library does work for each
         model = sentencepiece.SentencePieceProcessor(model_proto=data + self.NO_NORMALIZATION)
         n_first = check_first_ids(model)
         pieces = BYTE_PIECES[:n_first]

@@ -16,7 +16,7 @@ import zipfile
 from pathlib import Path
 
 from configurator import UserError, user_errors
-from data.files import refuse_stand_in
+from data.files import check_stored, refuse_stand_in
 from data.hf_tokenizer import (
     GPT2_HELP,
     check_model_type,
@@ -31,10 +31,10 @@ from data.hf_tokenizer import (
 from data.sentencepiece_file import BYTE, CONTROL, NORMAL, UNKNOWN, check_encoding, sentencepiece_model
 from data.tokenizer import (
     FILE_NAMES,
+    MAX_IDS,
     BPETokenizer,
     CharTokenizer,
     GPT2Tokenizer,
-    check_n_ids,
     load_tokenizer,
     read_file,
     tokenizer_from_state,
@@ -100,6 +100,7 @@ def read_checkpoint_tokenizer(path):
 
     with user_errors(path, 'is not a checkpoint of this project, and was not run'):
         with zipfile.ZipFile(path) as archive:
+            check_stored(archive)
             for name in archive.namelist():
                 if name.endswith('data.pkl'):
                     archive.read(name)  # compares its checksum, which torch.load does not
@@ -199,7 +200,8 @@ def from_bin(data):
         text = data[offset - length:offset].decode()
         if text not in ('\0<blank>', '\0<middle>'):  # as export.py writes them
             pieces.append((text, score, NORMAL))
-    check_n_ids(len(pieces))
+        if len(pieces) > MAX_IDS:
+            raise ValueError(f'it has more than {MAX_IDS:,} ids')
     return tokenizer_of(pieces)
 
 

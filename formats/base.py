@@ -64,15 +64,15 @@ class Importer(Format):
         the model is not one that model.py can build.
         """
         config, weights = self.load_weights(path)
-        head = weights.get('lm_head.weight')
-        if config.tie_embeddings and head is not None:
-            if torch.equal(head, weights['embedding.weight']):
-                del weights['lm_head.weight']
-            else:  # then the file counts, not its config: transformers does the same
-                config.tie_embeddings = False
+        claims_tied = config.tie_embeddings
+        if 'lm_head.weight' in weights:  # some files hold a tied head, too
+            config.tie_embeddings = False
         with user_errors(path):
             check_weights(config, weights)
         weights = {name: w.float() for name, w in weights.items()}
+        if claims_tied and not config.tie_embeddings:
+            # if the two differ, the file counts, not its config: transformers does the same
+            config.tie_embeddings = torch.equal(weights['lm_head.weight'], weights['embedding.weight'])
         tokenizer = self.load_tokenizer(path)
         if tokenizer is not None and config.vocab_size != tokenizer.vocab_size:
             add_infilling_rows(weights, tokenizer.vocab_size - 2)

@@ -40,6 +40,7 @@ class Family:
     aliases: dict  # {other name of an entry of config.json: its name}
     fixed: dict  # entries of config.json that are the same for all our models
     defaults: dict  # our values for what a config.json leaves out: those of its class in transformers
+    derived: str  # pattern for the names of tensors in older files that follow from the config
     weight_names: dict  # {part of a weight's name in model.py: its name there}
 
     def their_name(self, name):
@@ -122,6 +123,7 @@ LLAMA = Family(
         'norm_eps': 1e-6,
         'rope_theta': 10000.0,
     },
+    derived=r'(.*\.)?(rotary_emb\.inv_freq|position_ids)',
     weight_names={
         'embedding': 'model.embed_tokens',
         'norm': 'model.norm',
@@ -173,6 +175,7 @@ GPT2 = GPT2Family(
         'tie_embeddings': True,
         'norm_eps': 1e-5,
     },
+    derived=r'transformer\.h\.\d+\.attn\.(bias|masked_bias)',
     weight_names={
         'embedding': 'transformer.wte',
         'position': 'transformer.wpe',

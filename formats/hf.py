@@ -18,9 +18,7 @@ from formats.families import GPT2, LLAMA, NEUTRAL, family_of, required_block
 from formats.pieces import gpt2_merges, merges_of, pieces_of
 from model import GPTConfig
 
-# Tensors that older versions of transformers saved, though they follow from the config
-DERIVED = r'(.*\.)?(rotary_emb\.inv_freq|attn\.bias|attn\.masked_bias|position_ids)'
-EXPORTED_BY = 'export.py'  # in config.json, tells our files from others'
+EXPORTED_BY = 'export.py'  # in config.json, tells our files from others
 
 
 class HuggingFace(base.Importer):
@@ -272,7 +270,7 @@ def use_usual_names(tensors, family):
     usual = {}
     for name, w in tensors.items():
         usual_name = family.usual_name(name)
-        if re.fullmatch(DERIVED, usual_name):
+        if re.fullmatch(family.derived, usual_name):
             continue
         if usual_name in usual:
             raise ValueError(f'it has {usual_name} twice, once as {name}')

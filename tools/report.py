@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the root, so tha
 
 import json
 import math
+import os
 import re
 import shlex
 import time
@@ -90,7 +91,7 @@ def list_names():
         n_parts = count_parts_of_first_name(parts)
         name = ','.join(parts[:n_parts])
         del parts[:n_parts]
-        if not Path(name).exists():  # then the spaces are next to a comma
+        if not os.path.exists(name):  # then the spaces are next to a comma
             name = name.strip()
         if name:
             names.append(name)
@@ -106,7 +107,7 @@ def count_parts_of_first_name(parts):
     """
     for n_parts in range(len(parts), 1, -1):
         name = ','.join(parts[:n_parts])
-        if Path(name).exists() or Path(name.strip()).exists():
+        if os.path.exists(name) or os.path.exists(name.strip()):
             return n_parts
     return 1
 
@@ -136,7 +137,8 @@ def is_report(file):
     """Return whether a file begins as our reports do, up to the title."""
     beginning, title, _ = template().partition('<title>Report</title>')
     beginning = f'{beginning}{title}'.encode()
-    return file.read_bytes().startswith(beginning)
+    with open(file, 'rb') as found:
+        return found.read(len(beginning)) == beginning
 
 
 # loading ------------------------------------------------------------------------

@@ -45,8 +45,8 @@ offline = False  # never use the network: read hub datasets and GPT-2's vocabula
 def main():
     start_time = time.perf_counter()
     check_settings()
-    how = story_format(text_column, text_encoding, separator)
     limit_memory()
+    how = story_format(text_column, text_encoding, separator)
     folder = Path(out_dir or Path(__file__).resolve().parent)
 
     # temporary folders: at the end, the files in `new` replace the old ones; `cache` has intermediate files
@@ -59,7 +59,7 @@ def main():
 
 
 def write_dataset(folder, cache, how):
-    """Write all files of the dataset into `folder`. how: a Format, for the files of the source.
+    """Write all files of the dataset into `folder`. how: a Format, what the settings say about story files.
 
     Returns (tokenizer, {split: entry of meta.json}, lines that say where the stories went).
     The stories are mapped files in `cache`, which Windows cannot remove before this function has returned.
@@ -73,7 +73,8 @@ def write_dataset(folder, cache, how):
         raise UserError(f'{source} is one document, without stories to infill: leave out --infill_rate, or '
                         'name what is between its stories with --separator')
     if is_document:
-        stories, lines[0] = split_document(stories['document'][0]['text'], data_percentage, val_percentage)
+        stories, line = split_document(stories['document'][0]['text'], data_percentage, val_percentage)
+        lines.insert(0, line)
     elif 'validation' in stories and val_percentage > 0:
         raise SettingError(f'val_percentage {val_percentage:g} has no effect, as {source} has a split for '
                            f'validation ({lines[0]}): leave it out')

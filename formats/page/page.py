@@ -161,7 +161,7 @@ def facts_about(config, weights, checkpoint, validation_loss):
         ('context', f'{config.block_size:,} tokens'),
         ('vocabulary', f'{config.vocab_size:,} tokens'),
     ]
-    if settings:
+    if 'dataset' in settings:
         facts.append(('trained on', f"{printable(settings['dataset'])}, {checkpoint['iter']:,} steps"))
     facts.append(('validation loss', validation_loss))
     facts.append(('exported on', time.strftime('%Y-%m-%d')))

@@ -236,6 +236,36 @@ def test_importers_read_changed_bytes_safely(folder, file_format, encoding, name
     test()
 
 
+@pytest.mark.parametrize(('name', 'beginning', 'unit', 'message'), [
+    ('tokenizer.json', '{"a": 0', ', "x": 1', 'and a tokenizer of 65,536 ids less than'),
+    ('tokenizer.json', '', '[', 'maximum recursion depth'),
+    ('tokenizer.json', '[" "', ', "a"', 'it has .* ids, and at most 65,534 fit'),
+    ('tokenizer.json', '["', 'a', 'Unterminated string'),
+    ('vocab.bpe', '', 'a b\n', 'it has .* ids, and at most 65,534 fit'),
+    ('merges.txt', '#version: 0.2\n', 'a b\n', 'it has .* ids, and at most 65,534 fit'),
+    ('tokenizer.model', '', '\x0a\x00', 'more than 100,000 ids or entries'),
+    ('tokenizer.model', '\x0a\x00', '\x12\x02\x18\x02', 'more than 100,000 ids or entries'),
+    ('tokenizer.model', '', '\x0a\x16' + '\x18\x02' * 11, 'more than 10 ids or entries|ids, and at most'),
+    ('tokenizer.bin', '\0' * 8 + '\5\0\0\0<unk>', '\0' * 4 + '\1\0\0\0a', 'more than 65,534 ids'),
+])
+def test_open_tokenizer_refuses_huge_files_at_once(folder, name, beginning, unit, message):
+    path = folder / 'huge'
+    path.mkdir(exist_ok=True)
+    size = 2**24 - 100 if 'less than' not in message else 2**25
+    n_units = (size - len(beginning)) // len(unit)
+    data = (beginning + unit * n_units).encode()
+    if name == 'tokenizer.json' and beginning == '[" "':
+        data += b']'
+    (path / name).write_bytes(data)
+
+    def read():
+        with pytest.raises(UserError, match=message):
+            open_tokenizer(path / name)
+
+    read_safely(read)
+    (path / name).unlink()
+
+
 def test_records_skips_changed_lines(folder):
     run_folder = RunFolder(folder, resume=True)
 

@@ -329,6 +329,14 @@ def test_export_follows_a_link_at_its_place(tmp_path, run_export):
     assert (tmp_path / 'to').is_symlink() and (tmp_path / 'disk' / 'model.safetensors').exists()
 
 
+def test_export_makes_no_folder_behind_a_broken_link(tmp_path, run_export):
+    save_random_run(tmp_path / 'out')
+    (tmp_path / 'disk').symlink_to(tmp_path / 'unmounted')
+    with pytest.raises(UserError, match=r'disk is a link to .*unmounted, which does not exist'):
+        run_export(format='safetensors', path=str(tmp_path / 'disk' / 'to'))
+    assert names_in(tmp_path) == ['disk', 'out']
+
+
 def test_what_appears_at_the_place_during_the_export_is_not_replaced(tmp_path, run_export, monkeypatch):
     save_random_run(tmp_path / 'out')
 

@@ -248,7 +248,8 @@ def test_path_that_cannot_be_written_is_rejected_at_once(given, tmp_path):
     ('a,lr=1,wd=2,b', ['a', 'lr=1,wd=2', 'b']),
     ('end ', ['end ']),
     ('end ,a', ['end ', 'a']),
-    ('lr=1,wd=3', ['lr=1', 'wd=3'])])
+    ('lr=1,wd=3', ['lr=1', 'wd=3']),
+    (','.join(300 * 'a'), 300 * ['a'])])
 def test_list_names_finds_folders_with_commas_and_spaces(given, tmp_path, monkeypatch, text, names):
     monkeypatch.chdir(tmp_path)
     for name in 'a', 'b', 'lr=1,wd=2', 'end ':

@@ -5,6 +5,7 @@ import math
 import os
 import resource
 import sys
+import zipfile
 from functools import partial
 
 import pytest
@@ -119,12 +120,50 @@ def test_load_checkpoint_rejects_foreign_files(tmp_path):
     with pytest.raises(UserError, match='train first'):
         load_checkpoint(tmp_path / 'ckpt.pt')
     incomplete = [{key: value for key, value in STATE.items() if key != name} for name in STATE]
-    wrong = [STATE | {'iter': -1}, STATE | {'iter': '7'}, STATE | {'best_val_loss': math.nan},
-             STATE | {'optimizers': {}}]
+    wrong = [STATE | {'iter': -1}, STATE | {'iter': '7'}, STATE | {'iter': 10**5000},
+             STATE | {'best_val_loss': math.nan}, STATE | {'optimizers': {}}]
     for other in *incomplete, *wrong, [1, 2], torch.zeros(3):
         torch.save(other, tmp_path / 'ckpt.pt')
         with pytest.raises(UserError, match='not a checkpoint of this project'):
             load_checkpoint(tmp_path / 'ckpt.pt')
+
+
+def nested(n):
+    """Return a list that holds itself 2**n times, in little memory."""
+    value = 'x'
+    for _ in range(n):
+        value = [value, value]
+    return value
+
+
+@pytest.mark.parametrize('name, key, value, message', [
+    ('config', 'norm', nested(28), r'norm is \[\['),
+    ('config', 'n_layer', '2', "n_layer is '2'"),
+    ('config', 'colour', 2, "its config has 'colour'"),
+    ('settings', 'out_dir', ['out'], r"its setting 'out_dir' is \['out'\]"),
+    ('settings', 'dataset', 5, "its setting 'dataset' is 5"),
+    ('settings', 'beta1', nested(28), "its setting 'beta1'"),
+    ('settings', 7, 7, 'its setting 7')])
+def test_load_checkpoint_rejects_values_that_are_not_plain(tmp_path, name, key, value, message):
+    torch.save(STATE | {name: STATE[name] | {key: value}}, tmp_path / 'ckpt.pt')
+    with pytest.raises(UserError, match=message):
+        load_checkpoint(tmp_path / 'ckpt.pt')
+
+
+def test_load_checkpoint_rejects_compressed_and_overlapping_records(tmp_path):
+    """torch would map the compressed bytes as weights."""
+    save(tmp_path / 'good.pt', STATE)
+    with zipfile.ZipFile(tmp_path / 'good.pt') as good, \
+            zipfile.ZipFile(tmp_path / 'ckpt.pt', 'w', zipfile.ZIP_DEFLATED) as compressed:
+        for name in good.namelist():
+            compressed.writestr(name, good.read(name))
+    with pytest.raises(UserError, match=r'data\.pkl is compressed'):
+        load_checkpoint(tmp_path / 'ckpt.pt')
+    with zipfile.ZipFile(tmp_path / 'ckpt.pt', 'w') as archive:
+        archive.writestr('a', b'x' * 1000)
+        archive.filelist += [archive.filelist[0]] * 9
+    with pytest.raises(UserError, match='records of 10,000'):
+        load_checkpoint(tmp_path / 'ckpt.pt')
 
 
 # models
@@ -194,11 +233,21 @@ def test_a_run_that_torchrun_restarts_is_resumed(tmp_path, monkeypatch, restarts
     assert RunFolder(tmp_path, resume, overwrite).resume == resumes
 
 
-@pytest.mark.parametrize('name', ['ckpt.pt', 'best.pt', 'metrics.jsonl'])
+@pytest.mark.parametrize('name', [
+    'ckpt.pt', 'best.pt', 'metrics.jsonl', 'samples.jsonl', 'run.json', 'loss.png', 'ckpt_5.pt'])
 def test_a_folder_that_holds_another_run_is_refused(tmp_path, name):
     (tmp_path / name).touch()
-    with pytest.raises(SettingError, match='holds another run'):
+    with pytest.raises(SettingError, match=rf'holds another run \({name}\)'):
         RunFolder(tmp_path)
+
+
+def test_files_of_the_user_stay(tmp_path):
+    """Only names that are exactly ours are removed."""
+    users = {'thesis.tmp', 'ckpt_of_a_friend.pt', 'my_best.pt.tmp', 'loss.png.tmp', 'notes.txt'}
+    for name in *users, 'ckpt_3.pt.tmp', 'ckpt.pt.tmp', 'best.pt.tmp', 'ckpt_9.pt':
+        (tmp_path / name).touch()
+    begin(RunFolder(tmp_path, overwrite=True))
+    assert {*os.listdir(tmp_path)} == users | {'.lock', 'ckpt.pt', 'tokenizer.json'}
 
 
 def test_records_of_a_resumed_run_end_before_its_step_and_skip_bad_lines(tmp_path):

@@ -222,6 +222,7 @@ def test_tokenizer_survives_checkpoint_folder_and_pickle(tokenizer, tmp_path):
     ('char', b'["a"]', 'no space'),
     ('char', b'["\\ud800", " "]', 'surrogate'),
     ('char', json.dumps([chr(0x10000 + i) for i in range(66000)] + [' ']).encode(), 'it has 66,260 ids'),
+    ('char', b' ' * (2**24 + 1), 'it has 16,777,217 bytes, and a tokenizer of 65,536 ids less'),
     ('bpe', b'garbage', 'not a model of sentencepiece'),
     ('gpt2', b'IQ== 0\n', 'sha256'),
 ])

@@ -16,7 +16,8 @@ TEXTS = [text for text in BUILT_IN_STORIES[:10] + NASTY if SPACE_MARK not in tex
 
 @needs_export_packages
 @pytest.mark.parametrize('encoding', ['char', 'bpe', 'gpt2'])
-def test_llamacpp_tokenizes_texts_as_we_do(tmp_path, encoding):
+def test_llamacpp_tokenizes_texts_as_we_do(tmp_path, monkeypatch, encoding):
+    monkeypatch.setenv('http_proxy', 'http://127.0.0.1:9')  # not for a server on this machine
     tokenizer = trained_tokenizer(encoding)
     fmt = GGUF()
     write_random_model(fmt, tokenizer, tmp_path / 'model.gguf')

@@ -42,3 +42,18 @@ def test_load_rejects_damaged_files_in_one_line(tmp_path, file, damage, message)
     with pytest.raises(UserError, match=message) as error:
         load_pretrained(tmp_path)
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('name, message', [
+    ('lm_head.weight', r'embedding\.weight is missing'), ('extra', 'the config has no place for extra')])
+def test_load_names_a_tensor_too_few_or_too_many(tmp_path, name, message):
+    from safetensors.torch import load_file, save_file
+
+    write_random_model(Safetensors(), trained_tokenizer('char'), tmp_path)
+    tensors = load_file(tmp_path / 'model.safetensors')
+    tensors[name] = tensors['norm.weight'].clone()
+    if name == 'lm_head.weight':
+        del tensors['embedding.weight']
+    save_file(tensors, tmp_path / 'model.safetensors')
+    with pytest.raises(UserError, match=message):
+        load_pretrained(tmp_path)
