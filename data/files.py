@@ -144,16 +144,20 @@ def write_bytes_atomically(path, data):
 
 # what stands in for a file --------------------------------------------------------
 
-# How a stand-in begins: {its first bytes, in lower case: (what it is, how to get the file itself)}
-STAND_INS = {
-    b'version https://git-lfs.github.com/spec/': (
-        'a Git LFS pointer', 'type git lfs pull in its folder, or download the file with hf download'),
-    b'/annex/objects/': ('a git-annex pointer', 'type git annex get and its name'),
-    b'<!doctype html': ('an HTML page', 'the download gave an error or a login page: download it again'),
-    b'<html': ('an HTML page', 'the download gave an error or a login page: download it again'),
-    b'<?xml version="1.0" encoding="utf-8"?><error>': (
-        "a storage service's error", 'the download failed: download it again'),
-}
+DOWNLOAD_AGAIN = 'the download failed, so download it again'
+# How a stand-in begins, without regard to case: (pattern, what it is, how to get the file itself)
+STAND_INS = [
+    (rb'version https://git-lfs\.github\.com/spec/', 'a Git LFS pointer',
+     'type git lfs pull in its folder, or download the file with hf download'),
+    (rb'/annex/objects/', 'a git-annex pointer', 'type git annex get and its name'),
+    (rb'(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)?<(!doctype html|html)\b', 'an HTML page',
+     'the download gave an error or a login page, so download it again'),
+    (rb'(<\?xml[^>]*>\s*)?<error>', "a storage service's error", DOWNLOAD_AGAIN),
+    # what GitHub and the Hugging Face hub send instead of a file, and nothing else
+    (rb'(404: not found|(entry|repository|revision|file) not found|invalid username or password\.?'
+     rb'|access to (model|dataset) \S+ is restricted.{,300}|\{"error":"[^"]{,300}"\})\s*\Z',
+     'the answer of a server', DOWNLOAD_AGAIN),
+]
 
 
 def refuse_stand_in(path):
@@ -163,9 +167,9 @@ def refuse_stand_in(path):
     """
     with open(path, 'rb') as file:
         start = file.read(1024)
-    start = start.removeprefix(b'\xef\xbb\xbf').lstrip().lower()
-    for beginning, (what, advice) in STAND_INS.items():
-        if start.startswith(beginning):
+    start = start.removeprefix(b'\xef\xbb\xbf').lstrip()
+    for pattern, what, advice in STAND_INS:
+        if re.match(pattern, start, re.IGNORECASE | re.DOTALL):
             raise UserError(f'{path} is {what}, not the file itself: {advice}')
 
 

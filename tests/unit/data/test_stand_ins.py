@@ -14,7 +14,14 @@ LFS_POINTER = (b'version https://git-lfs.github.com/spec/v1\n'
     (b'/annex/objects/SHA256E-s8--aa.parquet\n', 'a git-annex pointer.*git annex get'),
     (b'<!DOCTYPE html>\n<html><body>404</body></html>', 'an HTML page.*download it again'),
     (b'\xef\xbb\xbf\n <HTML lang="en">', 'an HTML page'),
-    (b'<?xml version="1.0" encoding="UTF-8"?><Error><Code>AccessDenied</Code></Error>', "service's error"),
+    (b'<?xml version="1.0" encoding="utf-8"?>\n<!DOCTYPE html PUBLIC "-//W3C//DTD XHTML">', 'an HTML page'),
+    (b'<!-- saved from a site -->\n<html>', 'an HTML page'),
+    (b'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>AccessDenied</Code></Error>', "service's error"),
+    (b"<?xml version='1.0' encoding='UTF-8'?><Error><Code>NoSuchKey</Code></Error>", "service's error"),
+    (b'404: Not Found', 'the answer of a server'),
+    (b'Entry not found\n', 'the answer of a server'),
+    (b'Invalid username or password.', 'the answer of a server'),
+    (b'{"error":"Repository not found"}', 'the answer of a server'),
 ])
 def test_refuse_stand_in_names_what_the_file_is(tmp_path, content, what):
     path = tmp_path / 'stories.parquet'
@@ -24,7 +31,7 @@ def test_refuse_stand_in_names_what_the_file_is(tmp_path, content, what):
 
 
 @pytest.mark.parametrize('content', [
-    b'', b'Once upon a time', b'{"text": "<html>"}', b'PAR1', b'\x00\x01', b'version https://example.com'])
+    b'', b'Entry not found. Tom looked again.', b'404: Not Found is a story of a page.', b'Once upon a time', b'{"text": "<html>"}', b'PAR1', b'\x00\x01', b'version https://example.com'])
 def test_refuse_stand_in_lets_other_files_pass(tmp_path, content):
     path = tmp_path / 'stories.txt'
     path.write_bytes(content)
