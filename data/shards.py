@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from configurator import SettingError, UserError, script_path, user_errors
-from data.files import lock_folder, plain_path, report_write_errors
+from data.files import lock_folder, plain_path, refuse_stand_in, report_write_errors
 
 SHARD_TOKENS = 100_000_000  # at most, per file
 SPLITS = 'train', 'val'
@@ -214,6 +214,7 @@ def read_meta(folder):
     if not path.is_file():
         raise UserError(f'{folder} holds no prepared data (no meta.json): {how_to_prepare(folder)}')
     with user_errors(path, f'is damaged (remove it with its .bin files, then {how_to_prepare(folder)})'):
+        refuse_stand_in(path)
         if path.stat().st_size > MAX_META_BYTES:
             raise ValueError(f'it has {path.stat().st_size:,} bytes')
         meta = json.loads(path.read_text(encoding='utf-8'))
@@ -316,6 +317,7 @@ class Split:
             raise self.damaged(f'{path} is missing, though meta.json names it')
         size = path.stat().st_size
         if size != 2 * shard['tokens']:
+            refuse_stand_in(path)
             raise self.damaged(f"{path} has {size:,} bytes for {shard['tokens']:,} tokens of 2 bytes")
         with open(path, 'rb') as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

@@ -71,7 +71,11 @@ def read_path(name):
 
 
 def read_name(name):
-    """Return (split, other words) of a name; the split is None if it has words of no split or of several."""
+    """Return (split, other words) of a name; the split is None if it has words of no split or of several.
+
+    A name with spaces between other words is a story's title, such as 'The Driving Test': it has no split.
+    """
+    is_title = ' ' in name
     name = re.sub('h[eo]ld[-_. ]out', 'holdout', NUMBERING.sub(' ', name))
     words = re.split(r'[-_.\s()\[\]]+', name)
     words = [word for word in words if word]
@@ -79,6 +83,8 @@ def read_name(name):
     if len(splits) != 1:
         return None, ' '.join(words)
     rest = [word for word in words if word not in SPLIT_OF_WORD]
+    if rest and is_title:
+        return None, ' '.join(words)
     return splits.pop(), ' '.join(rest)
 
 

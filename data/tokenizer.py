@@ -106,10 +106,17 @@ class Tokenizer:
         return text.removeprefix(self.prefix)
 
     def n_bytes(self, ids):
-        """Return how many bytes of UTF-8 `ids` (a 1-D array) spell, without the space before each story."""
+        """Return how many bytes of UTF-8 `ids` (a 1-D array) spell, without the space before each story.
+
+        A delimiter at the end of `ids` is taken for that of a story which goes on with a space.
+        """
         sizes = np.array([len(piece) for piece in self._pieces])
-        n_stories = int((ids == self.delimiter).sum())
-        return int(sizes[ids].sum()) - len(self.prefix) * n_stories
+        n_bytes = int(sizes[ids].sum())
+        if self.prefix:
+            has_space = np.array([piece.startswith(b' ') for piece in self._pieces])
+            begins_story = ids[:-1] == self.delimiter  # an empty story has no space
+            n_bytes -= int((begins_story & has_space[ids[1:]]).sum()) + int(ids[-1] == self.delimiter)
+        return n_bytes
 
     def n_lost(self, texts, ids):
         """Return how many characters of `texts` are not in `ids`, to which infill.encode has encoded them."""

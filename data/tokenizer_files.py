@@ -61,6 +61,8 @@ def open_tokenizer(path):
     Raises UserError if it is none of these, or is damaged.
     """
     path = in_cache(Path(path))
+    if path.is_file():
+        refuse_stand_in(path)
     if (path / 'meta.json').is_file():
         return load_tokenizer(path)
     if path.suffix == '.pt':

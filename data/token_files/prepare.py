@@ -35,6 +35,7 @@ out_dir = ''  # where to write; '' is the folder of this script
 offline = False  # never use the network: read GPT-2's vocabulary from a cache
 
 _CHUNK = 1 << 22  # tokens read at a time
+_TEXT = b'\t\n\r' + bytes(range(32, 127))  # the bytes of ASCII text
 
 # How files begin that are not flat tokens: {first bytes: what they are}
 _HEADERS = {
@@ -42,7 +43,8 @@ _HEADERS = {
                                  'bytes, with tail -c +1025 FILE > FOLDER/train.bin',
     struct.pack('<i', 20240801): "has llm.c's header for tokens of 4 bytes, which do not fit uint16",
     b'LITPKDS': "has the header of litgpt's packed datasets",
-    b'\x93NUMPY': 'is an .npy file: remove its header, with numpy.load(FILE).tofile(FOLDER/train.bin)',
+    b'\x93NUMPY': 'is an .npy file: write its tokens into another folder, with '
+                  "numpy.load(NAME).astype('<u2').tofile('train.bin')",
     b'PK\x03\x04': 'is a zip archive, such as a model of torch',
     b'\x1f\x8b': 'is compressed: unpack it with gunzip',
 }
@@ -132,34 +134,41 @@ def check_layout(path):
     refuse_stand_in(path)
     size = path.stat().st_size
     with open(path, 'rb') as file:
-        start = file.read(16)
+        start = file.read(4096)
     for beginning, what in _HEADERS.items():
         if start.startswith(beginning):
-            raise UserError(f"{path} {what.replace('FILE', shlex.quote(str(path)))}")
+            what = what.replace('FILE', shlex.quote(str(path))).replace('NAME', repr(str(path)))
+            raise UserError(f'{path} {what}')
+    if len(start) >= 64 and all(byte in _TEXT for byte in start):
+        raise UserError(f'{path} is text, not tokens: data/tiny_stories/prepare.py reads text, from a .txt')
     if size % 2:
         raise UserError(f'{path} has {size:,} bytes: tokens of uint16 have two each')
-    width = token_width(np.fromfile(path, '<u2', _CHUNK))
-    if width > 2:
+    dtype = token_type(np.fromfile(path, '<u2', _CHUNK))
+    if dtype != '<u2':
         raise UserError(
-            f'{path} has {width} bytes for each token, where two are expected: write the tokens into another '
-            f"folder, with numpy.fromfile('{path}', 'uint{8 * width}').astype('uint16').tofile(...); ids "
+            f'{path} has {dtype[-1]} bytes for each token, where two are expected: write them into another '
+            f"folder, with numpy.fromfile({str(path)!r}, '{dtype}').astype('<u2').tofile('train.bin'); ids "
             'above 65,535 do not fit')
 
 
-def token_width(numbers):
-    """Return how many bytes each token of a file has (2, 4 or 8), seen from its first uint16 numbers.
+def token_type(numbers):
+    """Return the NumPy type of the tokens in a file, seen from its first uint16 numbers.
 
-    Example: in 4 bytes each, the tokens 5, 70000, 9 are the numbers 5, 0, 4464, 1, 9, 0. Those at odd places
-    are at most 3 (no vocabulary has 2**18 tokens), and the others are larger. In 8 bytes each, only every
-    fourth number is larger.
+    Example: the tokens 5, 70000, 9 in four bytes each are the numbers 5, 0, 4464, 1, 9, 0. Every second one
+    is 0, or in a large vocabulary at most 3, as none has 2**18 tokens.
     """
     numbers = numbers[:len(numbers) // 4 * 4].reshape(-1, 4)
     if len(numbers) < 4:  # too few to tell
-        return 2
-    highest = numbers.max(axis=0)
-    if highest[1] > 3 or highest[3] > 3 or highest[0] <= 3:
-        return 2
-    return 8 if highest[2] == 0 else 4
+        return '<u2'
+    limit = 3 if numbers.max() > 255 else 0
+    is_small = tuple(bool(highest <= limit) for highest in numbers.max(axis=0))
+    types = {
+        (False, True, False, True): '<u4',
+        (False, True, True, True): '<u8',
+        (True, False, True, False): '>u4',
+        (True, True, True, False): '>u8',
+    }
+    return types.get(is_small, '<u2')
 
 
 def print_files(files):
@@ -248,6 +257,8 @@ def write_shards(split, chunks, our_ids, enc, folder):
         counts['bytes'] += enc.n_bytes(tokens)
         if not enc.lossless:
             n_unknown += int((tokens == 0).sum())
+    if counts['bytes'] <= 0:
+        raise UserError(f'the {split} tokens of {source} spell no text: name the tokenizer that made them')
     return counts | {'infilled': 0, 'too_short': 0, 'shards': writer.close()}, n_unknown
 
 

@@ -140,12 +140,15 @@ MANY = np.arange(2000) % 300
 
 
 @pytest.mark.parametrize('content, message', [
-    (MANY.astype('<u4').tobytes(), "train.bin has 4 bytes for each token.*fromfile.*'uint32'"),
+    (MANY.astype('<u4').tobytes(), "train.bin has 4 bytes for each token.*fromfile.*'<u4'"),
     ((MANY + 70_000).astype('<u4').tobytes(), 'train.bin has 4 bytes for each token.*65,535 do not fit'),
-    (MANY.astype('<i8').tobytes(), "train.bin has 8 bytes for each token.*fromfile.*'uint64'"),
+    (MANY.astype('<i8').tobytes(), "train.bin has 8 bytes for each token.*fromfile.*'<u8'"),
     (np.array([20240520, 1, 2000, *[0] * 253], '<i4').tobytes() + MANY.astype('<u2').tobytes(),
      r'header of llm.c and modded-nanogpt.*tail -c \+1025'),
     (np.array([20240801, 7, 9], '<i4').tobytes(), "llm.c's header for tokens of 4 bytes"),
+    (MANY.astype('>u4').tobytes(), "train.bin has 4 bytes for each token.*fromfile.*'>u4'"),
+    (MANY.astype('>i8').tobytes(), "train.bin has 8 bytes for each token.*fromfile.*'>u8'"),
+    (b'Once upon a time, there was a dog.\n' * 9, 'is text, not tokens'),
     (b'LITPKDS' + bytes(40), "litgpt's packed"),
     (b'\x93NUMPY\x01\x00' + bytes(120), 'is an .npy file'),
     (b'\x1f\x8b' + bytes(40), 'is compressed: unpack it'),
@@ -163,8 +166,20 @@ def test_files_of_another_layout_are_refused(prepared, theirs, tmp_path, content
 
 
 @pytest.mark.parametrize('tokens', [[2, 0, 1, 3] * 20, [40, 0, 41, 9] * 20, [9, 4, 0, 1] * 20, [7, 0, 8, 0]])
-def test_token_width_takes_small_tokens_for_what_they_are(tokens):
-    assert prepare.token_width(np.array(tokens, '<u2')) == 2
+def test_token_type_takes_small_tokens_for_what_they_are(tokens):
+    assert prepare.token_type(np.array(tokens, '<u2')) == '<u2'
+
+
+def test_empty_stories_have_no_space_and_no_bytes(prepared, theirs, tmp_path, model):
+    (tmp_path / 'tok.model').write_bytes(model)
+    enc = sentencepiece.SentencePieceProcessor(model_proto=model)
+    write_tokens(theirs / 'train.bin', [1, 1, 1, *enc.encode('The dog.'), 1, 1, *enc.encode('It ran.')])
+    write_tokens(theirs / 'val.bin', [1, 1, *enc.encode('The dog.'), 1])
+    _, meta = prepared(tmp_path / 'tok.model')
+    assert meta['splits']['train']['bytes'] == len('The dog.It ran.')
+    write_tokens(theirs / 'val.bin', [1] * 40)
+    with pytest.raises(UserError, match='the val tokens of .* spell no text'):
+        prepared(tmp_path / 'tok.model')
 
 
 @pytest.mark.parametrize('names, message', [

@@ -32,7 +32,7 @@ def test_group_by_split_goes_by_names_that_consist_of_words_for_splits(train, va
     (['train_data.csv'], ['val_data.csv'], ['test_data.csv']),
     (['train-v2.0.json'], ['dev-v2.0.json'], []),
     (['wiki.train.txt'], ['wiki.valid.txt'], ['wiki.test.txt']),
-    (['stories train/a.txt'], ['stories val/b.txt'], []),
+    (['stories-train/a.txt'], ['stories-val/b.txt'], []),
     (['train_sft', 'train_gen'], ['test_sft', 'test_gen'], []),
 ], ids=str)
 def test_group_by_split_takes_names_that_differ_in_one_word(train, val, left_out):
@@ -47,6 +47,8 @@ def test_group_by_split_takes_names_that_differ_in_one_word(train, val, left_out
     ['invalid.txt', 'values.txt', 'contest.txt', 'latest.txt', 'The eval.txt'],
     ['Val the fox.txt', 'the-big-test.txt', 'the-little-train.txt', 'Uncle_Dev.txt', "val's.txt"],
     ['train-val.txt', 'a.txt'],
+    ['The Driving Test.txt', 'The Driving.txt', 'Moon.txt'],
+    ['The Test.txt', 'The Val.txt'],
     ['a-valid.txt', 'b-train.txt'],
 ], ids=str)
 def test_group_by_split_takes_other_names_for_training(names):

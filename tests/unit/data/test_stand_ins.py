@@ -31,7 +31,8 @@ def test_refuse_stand_in_names_what_the_file_is(tmp_path, content, what):
 
 
 @pytest.mark.parametrize('content', [
-    b'', b'Entry not found. Tom looked again.', b'404: Not Found is a story of a page.', b'Once upon a time', b'{"text": "<html>"}', b'PAR1', b'\x00\x01', b'version https://example.com'])
+    b'', b'Entry not found. Tom looked again.', b'404: Not Found is a story of a page.',
+    b'Once upon a time', b'{"text": "<html>"}', b'PAR1', b'\x00\x01', b'version https://example.com'])
 def test_refuse_stand_in_lets_other_files_pass(tmp_path, content):
     path = tmp_path / 'stories.txt'
     path.write_bytes(content)
