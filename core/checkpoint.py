@@ -70,7 +70,8 @@ def load_checkpoint(path, required=REQUIRED):
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f'no checkpoint {path}: train first, or name the folder of a run with --out_dir')
+        advice = suggest_other_checkpoint(path) or ': train first, or name the folder of a run with --out_dir'
+        raise UserError(f'no checkpoint {path}{advice}')
     refuse_stand_in(path)
     reason = damage(path)
     if reason:

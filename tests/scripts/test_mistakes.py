@@ -58,6 +58,12 @@ def run_folder(**changes):
     return make
 
 
+def without_best():
+    """Make `out`, a run that was killed before its first best.pt."""
+    run_folder()()
+    os.remove('out/best.pt')
+
+
 def file(name, content=''):
     """Return a function that makes a file with this text or these bytes."""
     def make():
@@ -126,6 +132,7 @@ MISTAKES += [
 
     (SAMPLE, '', 1, 'out/best.pt --out_dir'),
     (SAMPLE, '--ckpt last', 1, 'out/ckpt.pt --out_dir'),
+    (SAMPLE, '', 1, 'out/best.pt out/ckpt.pt --ckpt last', without_best),
     (SAMPLE, '', 1, 'config n_layers', run_folder(config={'n_layers': 2})),
     (SAMPLE, '', 1, 'config weights', run_folder(config={})),
     (SAMPLE, '', 1, 'embedding.weight',
