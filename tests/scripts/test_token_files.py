@@ -178,7 +178,7 @@ def test_empty_stories_have_no_space_and_no_bytes(prepared, theirs, tmp_path, mo
     _, meta = prepared(tmp_path / 'tok.model')
     assert meta['splits']['train']['bytes'] == len('The dog.It ran.')
     write_tokens(theirs / 'val.bin', [1] * 40)
-    with pytest.raises(UserError, match='the val tokens of .* spell no text'):
+    with pytest.raises(UserError, match=r'the val tokens of .* spell no text'):
         prepared(tmp_path / 'tok.model')
 
 
