@@ -72,7 +72,7 @@ def train(flags, files, gpus, start_time, export_flags):
     if last.exists():
         replace = flags.get('overwrite') and last.stat().st_mtime < start_time
         if not replace:
-            flags = flags | {'init_from': 'resume'}
+            flags = flags | {'init_from': 'resume', 'overwrite': False}
     status = run_on_volume('train', flags, files, gpus)
     if status:
         return status

@@ -195,7 +195,8 @@ def test_overwrite_replaces_only_a_run_from_before_the_call(volume, monkeypatch)
     flags, saved = {'out_dir': 'out', 'overwrite': True}, (volume / 'out/ckpt.pt').stat().st_mtime
     for start_time in saved + 9, saved - 9:
         assert modal_app.train.local(flags, [], '', start_time, {}) == 0
-    assert [flags.get('init_from') for name, flags, *_ in calls if name == 'train'] == [None, 'resume']
+    given = [(flags.get('init_from'), flags['overwrite']) for name, flags, *_ in calls if name == 'train']
+    assert given == [(None, True), ('resume', False)]
 
 
 def test_call_asks_its_script_to_stop_and_waits(volume, monkeypatch):
