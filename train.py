@@ -126,8 +126,6 @@ def check_settings():
     one_of(('muon', 'adamw'), optimizer=optimizer)
     one_of(('auto', 'True', 'False'), compile=compile)
     check_tracker(track)
-    if init_from == 'resume' and overwrite:
-        raise SettingError('init_from resume continues the run, and overwrite replaces it: leave out one')
 
 
 def make_config(vocab_size):
@@ -185,6 +183,8 @@ def print_resumption(this_run, saved):
     """Print what a user must know of the run that is resumed. saved: the settings in its checkpoint."""
     saved = settings(globals()) | saved  # an old checkpoint has fewer
     step = this_run.step
+    if overwrite:
+        print('overwrite has no effect, as the run is resumed')
     later = this_run.folder.later_checkpoints(step)
     if this_run.best_step > step:
         later.insert(0, f'best.pt (step {this_run.best_step}, validation loss {this_run.best_val_loss:.4f})')

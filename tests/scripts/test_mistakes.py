@@ -122,7 +122,6 @@ MISTAKES += [
     (TRAIN, '--out_dir file/out', 1, 'file/out --out_dir', file('file')),
     (TRAIN, '--out_dir out', 2, 'out --init_from resume --overwrite --out_dir', file('out/ckpt.pt')),
     (TRAIN, '--init_from nowhere', 1, 'nowhere'),
-    (TRAIN, '--init_from resume --overwrite --out_dir out', 2, 'resume overwrite leave out', run_folder()),
     (TRAIN, '--max_iters 5 --max_epochs 1', 2, 'max_iters max_epochs leave out'),
     (TRAIN, '--init_from out', 2, 'n_layer 2 out 1', run_folder()),
     (TRAIN, '--init_from resume --out_dir out', 1, 'out/ckpt.pt --out_dir'),
