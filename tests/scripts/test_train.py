@@ -191,7 +191,8 @@ def test_going_back_to_an_earlier_checkpoint_keeps_the_best_and_says_what_is_lat
 
 def test_a_resumed_run_says_if_its_data_comes_in_another_order(train_small):
     train_small()
-    same = train_small('--init_from=resume', '--batch_size=2', '--gradient_accumulation_steps=4', '--overwrite')
+    same = train_small('--init_from=resume', '--batch_size=2', '--gradient_accumulation_steps=4',
+                       '--overwrite')
     assert 'another order' not in same.out
     assert 'overwrite has no effect, as the run is resumed\n' in same.out
     other = train_small('--init_from=resume', '--batch_size=3')
