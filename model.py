@@ -5,7 +5,8 @@ position='learned', mlp='gelu' and bias=True it is GPT-2.
 
 This file is the specification: plain PyTorch, except that the loss is computed in chunks to save memory.
 On a CPU, core/kernels.py overrides Attention.qkv, rotate and attend, MLP.gate_up and nn.RMSNorm with faster
-equivalents: if you change one of these here, change it there too, or take it out of `use_fast_cpu_kernels`.
+equivalents, and on a GPU Attention.qkv and MLP.gate_up: if you change one of these here, change it there too,
+or take it out of `use_fast_cpu_kernels` and `use_joined_products`.
 Generation with a key-value cache is in core/generate.py.
 
 Shapes: B sequences, T tokens each, C = n_embd, V = vocab_size.

@@ -40,7 +40,7 @@ from core.distributed import (
 )
 from core.evaluate import Evaluator, count_loss, describe_measure, evaluate, find_infill_rows
 from core.generate import first_story_words, sample_story
-from core.kernels import use_fast_cpu_kernels
+from core.kernels import use_fast_cpu_kernels, use_joined_products
 from core.memory import configure_memory
 from core.optim import clip_and_step, make_optimizers, set_learning_rate
 from core.progress import check_tracker, make_progress
@@ -274,6 +274,8 @@ def speed_up(ddp_model, this_run, batches, torch_device, context):
     fails, training continues without it.
     """
     score = partial(count_loss, this_run.model)
+    if torch_device.type == 'cuda':
+        use_joined_products(this_run.model)
     if wants_compile(torch_device):
         x, y = to_device(batches(this_run.step)[0], torch_device)
         compiled = try_compile(ddp_model, score, x, y, context)

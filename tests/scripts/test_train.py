@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ import torch
 import train
 from configurator import SettingError, UserError
 from core.checkpoint import load_checkpoint
+from core.kernels import FastAttention, JoinedAttention
 from data.shards import Split
 from data.tokenizer import CharTokenizer
-from model import GPT, GPTConfig
+from model import GPT, Attention, GPTConfig
+from tests.helpers.models import small_model
 from tests.helpers.scripts import SETTINGS, metrics, rank_variables, script
 
 
@@ -47,6 +50,15 @@ def test_lr_factor_warms_up_and_decays_to_zero(given):
     assert train.lr_factor(0, 10) == 1 and train.lr_factor(9, 10) == pytest.approx(0.1)
     given(warmup_iters=20)  # a warmup longer than the run
     assert all(0 < train.lr_factor(step, 10) <= 1 for step in range(10))
+
+
+@pytest.mark.parametrize('device, kernels', [
+    ('cpu', FastAttention), ('cuda', JoinedAttention), ('mps', Attention)])
+def test_speed_up_puts_the_kernels_of_the_device_in_place(given, device, kernels):
+    given(compile='False')
+    run = SimpleNamespace(model=small_model())
+    train_model, _ = train.speed_up(run.model, run, None, torch.device(device), None)
+    assert train_model is run.model and type(run.model.blocks[0].attn) is kernels
 
 
 def test_dropout_seeds_differ_by_seed_step_and_rank(given):
