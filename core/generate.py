@@ -212,7 +212,7 @@ def keep_top_p(probs, top_p):
 def sample_index(probs, generator):
     """Sample one column per row in proportion to probs (B, n); returns (B, 1)."""
     if probs.device.type != 'cpu':
-        return sample_index_on_gpu(probs, generator)
+        return torch.multinomial(probs, 1, generator=generator)
     # On a CPU torch.multinomial draws a random number for each entry of the vocabulary. We need only two:
     # one for a group of up to 256 columns, and one for a column in this group.
     width = math.gcd(probs.size(-1), 256)
@@ -221,16 +221,6 @@ def sample_index(probs, generator):
     rows = torch.arange(len(groups))
     column = search_index(groups[rows, group[:, 0]], generator)
     return group * width + column
-
-
-def sample_index_on_gpu(probs, generator):
-    """Sample one column per row in proportion to probs (B, n), as torch.multinomial does; returns (B, 1).
-
-    Of exponential waiting times with the rates probs, that of column i is the shortest with probability
-    probs[i]. torch.multinomial computes the same, but waits for the GPU to check the probabilities first.
-    """
-    times = torch.empty_like(probs).exponential_(generator=generator)
-    return (probs / times).argmax(-1, keepdim=True)
 
 
 def search_index(weights, generator):

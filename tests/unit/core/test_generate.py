@@ -12,7 +12,6 @@ from core.generate import (
     generate_until,
     max_stories_at_once,
     prefill,
-    sample_index_on_gpu,
     sample_story,
     sample_token,
 )
@@ -191,16 +190,6 @@ def test_prefill_finds_logits_that_are_not_finite(value):
     model.lm_head.weight.data[5] = value
     with pytest.raises(UserError, match='did its training diverge'):
         prefill(model, KVCache(model.config, 2, 'cpu', torch.float32), idx)
-
-
-def test_sample_index_on_gpu_samples_as_multinomial_does():
-    """With the same generator it gives the same columns; torch.multinomial is what we used before."""
-    torch.manual_seed(0)
-    probs = torch.randn(500, 40).softmax(-1)
-    probs[:, 3] = 0
-    ours = sample_index_on_gpu(probs, torch.Generator().manual_seed(1))
-    theirs = torch.multinomial(probs, 1, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(ours, theirs) and not (ours == 3).any()
 
 
 # stories ------------------------------------------------------------------------
