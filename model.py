@@ -227,8 +227,8 @@ def to_autocast_dtype(x):
 def loss_chunk_size(device, vocab_size):
     """Return for how many tokens at once the loss is computed on a device (a torch.device).
 
-    A CPU works best while a chunk is in its caches. A GPU needs a large product to be busy, and torch.compile
-    compiles every chunk again; 2**27 logits take 512 MB in float32.
+    A large GPU is busy only with large products, and torch.compile compiles every chunk anew. 2**27 logits
+    take 512 MB in float32.
     """
     if device.type == 'cuda':
         return max(1024, 2**27 // vocab_size)
@@ -248,10 +248,10 @@ def log_probs_by_chunk(head, x, targets, chunk_size):
 def logits_gradient(log_p, targets):
     """Return d loss / d logits of a summed cross-entropy: the probabilities, minus 1 at the targets.
 
-    log_p: log-probabilities (N, V), which are overwritten. targets: (N,); rows whose target is -1 may have
-    any gradient.
+    log_p: log-probabilities (N, V), which may be overwritten. targets: (N,). The rows of targets of -1 are not
+    meant to be used.
     """
-    if torch.compiler.is_compiling():  # the compiler fuses a comparison with what is around it, a scatter not
+    if torch.compiler.is_compiling():  # a comparison is fused with what is around it, but not a scatter
         is_target = torch.arange(log_p.size(1), device=log_p.device) == targets[:, None]
         return log_p.exp() - is_target.float()
     minus_one = log_p.new_full((len(targets), 1), -1)

@@ -297,8 +297,9 @@ def seed_dropout(step, rank):
 class LastStep:
     """The step whose weights are the newest, until its figures are read and it is counted as done.
 
-    A GPU is still busy with it then. It gets the next gradients to compute before anybody waits for the
-    figures, so that it is never idle. No weights are evaluated, saved or changed before they are checked.
+    A GPU may still be computing the step. It gets the next gradients to compute before we wait for the
+    figures, so that it has work while we read, log and prepare. A step is always checked before its weights
+    are evaluated, saved or changed.
     """
 
     def __init__(self, this_run, progress):
