@@ -248,8 +248,8 @@ def log_probs_by_chunk(head, x, targets, chunk_size):
 def logits_gradient(log_p, targets):
     """Return d loss / d logits of a summed cross-entropy: the probabilities, minus 1 at the targets.
 
-    log_p: log-probabilities (N, V), which may be overwritten. targets: (N,). The rows of targets of -1 are not
-    meant to be used.
+    log_p: log-probabilities (N, V), which may be overwritten. targets: (N,); rows with the target -1 must be
+    masked afterwards.
     """
     if torch.compiler.is_compiling():  # a comparison is fused with what is around it, but not a scatter
         is_target = torch.arange(log_p.size(1), device=log_p.device) == targets[:, None]
