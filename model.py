@@ -5,7 +5,8 @@ position='learned', mlp='gelu' and bias=True it is GPT-2.
 
 This file is the specification: plain PyTorch, except that the loss is computed in chunks to save memory.
 On a CPU, core/kernels.py overrides Attention.qkv, rotate and attend, MLP.gate_up and nn.RMSNorm with faster
-equivalents: if you change one of these here, change it there too, or take it out of `use_fast_cpu_kernels`.
+equivalents, and on a GPU Attention.qkv and MLP.gate_up: if you change one of these here, change it there too,
+or take it out of `use_fast_cpu_kernels` and `use_joined_products`.
 Generation with a key-value cache is in core/generate.py.
 
 Shapes: B sequences, T tokens each, C = n_embd, V = vocab_size.
@@ -223,6 +224,17 @@ def to_autocast_dtype(x):
     return x.to(torch.get_autocast_dtype(device_type))
 
 
+def loss_chunk_size(device, vocab_size):
+    """Return for how many tokens at once the loss is computed on a device (a torch.device).
+
+    A large GPU is busy only with large products, and torch.compile compiles every chunk anew. 2**27 logits
+    take 512 MB in float32.
+    """
+    if device.type == 'cuda':
+        return max(1024, 2**27 // vocab_size)
+    return 1024
+
+
 def log_probs_by_chunk(head, x, targets, chunk_size):
     """Yield (x, log-probabilities in float32, targets) for `chunk_size` tokens at a time.
 
@@ -231,6 +243,19 @@ def log_probs_by_chunk(head, x, targets, chunk_size):
     """
     for x_chunk, target in zip(x.split(chunk_size), targets.split(chunk_size), strict=True):
         yield x_chunk, head(x_chunk).log_softmax(-1, dtype=torch.float32), target
+
+
+def logits_gradient(log_p, targets):
+    """Return d loss / d logits of a summed cross-entropy: the probabilities, minus 1 at the targets.
+
+    log_p: log-probabilities (N, V), which may be overwritten. targets: (N,); rows with the target -1 must be
+    masked afterwards.
+    """
+    if torch.compiler.is_compiling():  # a comparison is fused with what is around it, but not a scatter
+        is_target = torch.arange(log_p.size(1), device=log_p.device) == targets[:, None]
+        return log_p.exp() - is_target.float()
+    minus_one = log_p.new_full((len(targets), 1), -1)
+    return log_p.exp_().scatter_add_(1, targets.clamp(min=0)[:, None], minus_one)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -255,12 +280,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         for x_chunk, log_p, target in log_probs_by_chunk(head, x_cast, targets, chunk_size):
             loss += F.nll_loss(log_p, target, ignore_index=-1, reduction='sum')
             if ctx.needs_input_grad[0]:  # training
-                # d loss / d logits: the probabilities, minus 1 at the target; 0 where there is no target
-                has_target = (target >= 0)[:, None]
-                # (in place, as log_p is not needed any more)
-                grad = log_p.exp_().scatter_add_(1, target.clamp(min=0)[:, None], -has_target.float())
-                grad = grad.to(weight_cast.dtype)
+                grad = logits_gradient(log_p, target).to(weight_cast.dtype)
                 # masking these two (chunk, C) products is cheaper than masking the (chunk, V) gradient
+                has_target = (target >= 0)[:, None]
                 grad_x.append((grad @ weight_cast) * has_target)
                 grad_weight += grad.T @ (x_chunk * has_target)
         if grad_x:
@@ -356,16 +378,19 @@ class GPT(nn.Module):
             x = block(x, rope, cache)
         return self.norm(x)
 
-    def forward(self, idx, targets=None, cache=None, chunk_size=1024):
+    def forward(self, idx, targets=None, cache=None, chunk_size=0):
         """Return the logits (B, T, V) of the next token at each position, or the mean loss on `targets`.
 
         idx: (B, T) token ids; T plus the tokens in the cache is at most block_size.
         targets: (B, T) token ids, -1 is ignored; the loss is in nats per token.
         cache: a cache of core/generate.py with the tokens before idx; the tokens of idx are added to it.
-        chunk_size: number of tokens whose logits are in memory at once while the loss is computed.
+        chunk_size: number of tokens whose logits are in memory at once while the loss is computed; 0: as
+            many as suit the device.
         """
         x = self.hidden(idx, cache)
         if targets is None:
             return self.lm_head(x)
+        if chunk_size == 0:
+            chunk_size = loss_chunk_size(x.device, self.config.vocab_size)
         loss = LinearCrossEntropy.apply(x.flatten(0, 1), self.lm_head.weight, targets.flatten(), chunk_size)
         return loss / (targets >= 0).sum()

@@ -31,16 +31,16 @@ from core.device import (
     try_compile,
 )
 from core.distributed import (
+    MeansOverRanks,
     StopSignals,
     get_ranks,
     join_ranks,
     leave_ranks,
-    mean_over_ranks,
     report_lost_ranks,
 )
 from core.evaluate import Evaluator, count_loss, describe_measure, evaluate, find_infill_rows
 from core.generate import first_story_words, sample_story
-from core.kernels import use_fast_cpu_kernels
+from core.kernels import use_fast_cpu_kernels, use_joined_products
 from core.memory import configure_memory
 from core.optim import clip_and_step, make_optimizers, set_learning_rate
 from core.progress import check_tracker, make_progress
@@ -95,6 +95,8 @@ device = 'auto'  # auto (cuda, then mps, then cpu), cpu, cuda, cuda:N or mps
 dtype = 'auto'  # auto (bfloat16 if the hardware has it, else float16 on CUDA), float32, bfloat16 or float16
 compile = 'auto'  # use torch.compile: auto (on CUDA only), True or False
 seed = 1337  # random seed of weights, data order and dropout
+
+_ASYNCHRONOUS = ('cuda',)  # devices that compute while this process goes on
 
 
 # settings ---------------------------------------------------------------------
@@ -274,6 +276,8 @@ def speed_up(ddp_model, this_run, batches, torch_device, context):
     fails, training continues without it.
     """
     score = partial(count_loss, this_run.model)
+    if torch_device.type == 'cuda':
+        use_joined_products(this_run.model)
     if wants_compile(torch_device):
         x, y = to_device(batches(this_run.step)[0], torch_device)
         compiled = try_compile(ddp_model, score, x, y, context)
@@ -288,6 +292,52 @@ def seed_dropout(step, rank):
     """Make dropout a function of the seed, the step and the rank, so that a resumed run draws the same."""
     sequence = np.random.SeedSequence((seed, step, rank))
     torch.manual_seed(int(sequence.generate_state(1)[0]))
+
+
+class LastStep:
+    """The step whose weights are the newest, until its figures are read and it is counted as done.
+
+    A GPU may still be computing the step. It gets the next gradients to compute before we wait for the
+    figures, so that it has work while we read, log and prepare. A step is always checked before its weights
+    are evaluated, saved or changed.
+    """
+
+    def __init__(self, this_run, progress):
+        self.this_run = this_run
+        self.progress = progress
+        self.figures = None  # loss, gradient norm, share of the ranks that were asked to stop; None: checked
+        self.start_time = 0.0
+
+    def start_clock(self):
+        """Start to measure a step, unless the last one is not checked: then that is when this one starts."""
+        if self.figures is None:
+            self.start_time = time.perf_counter()
+
+    def set_figures(self, loss, grad_norm, stop_requested):
+        """Average the figures of a new step over the ranks. This does not wait for a GPU."""
+        self.figures = MeansOverRanks(loss, grad_norm, stop_requested)
+
+    def check(self):
+        """Check, show and count the step if that was not done yet. This waits for a GPU.
+
+        Returns whether some rank was asked to stop. Raises DivergedError.
+        """
+        if self.figures is None:
+            return False
+        loss, grad_norm, stop_share = self.figures.read()
+        self.figures = None
+        # In float16 an overflow skips the update and halves the loss scale; at a scale of 1 the run has
+        # diverged. Without float16 the scale is always 1.
+        overflowed = not math.isfinite(grad_norm) and self.this_run.scaler.get_scale() > 1
+        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or overflowed):
+            raise self.this_run.diverged(f'the loss is {loss:.4g}, the gradient norm {grad_norm:.4g}')
+        lr = self.this_run.optimizers[0].param_groups[0]['lr']
+        end_time = time.perf_counter()
+        seconds = end_time - self.start_time
+        self.progress.log_step(self.this_run.step, seconds, loss=loss, lr=lr, grad_norm=grad_norm)
+        self.start_time = end_time
+        self.this_run.step += 1
+        return stop_share > 0
 
 
 def print_summary(this_run, batches, max_steps, torch_device, ptdtype):
@@ -360,18 +410,26 @@ def main():
         print_summary(this_run, batches, max_steps, torch_device, ptdtype)
     tokens_per_step = batches.global_batch_size * block_size
     progress = make_progress(this_run, max_steps, tokens_per_step, torch_device, ptdtype, ranks)
+    last_step = LastStep(this_run, progress)
     gc.collect()
     gc.freeze()  # what exists by now is never garbage: do not search it during training
     stopping = False  # a rank was asked to stop; all ranks know
 
     # the training loop: from_step yields the micro-batches of this step and of all that follow, without end
-    for micro_batches in batches.from_step(this_run.step):
-        step = this_run.step
+    for step, micro_batches in enumerate(batches.from_step(this_run.step), this_run.step):
         done = step == max_steps
+        evaluates = done or step % eval_every == 0
         keep_copy = save_interval > 0 and step % save_interval == 0
 
+        # check the last step before its weights are used; a GPU gets the next gradients to compute first
+        check_later = torch_device.type in _ASYNCHRONOUS and not evaluates and not keep_copy
+        if not check_later:
+            stopping = last_step.check()
+            if stopping:
+                break
+
         # once in a while: evaluate (all ranks take part), write a story, save
-        if done or step % eval_every == 0:
+        if evaluates:
             model.eval()
             with context:
                 metrics = evaluate(evaluator, val_split, train_split, infill_rows, eval_iters)
@@ -392,7 +450,7 @@ def main():
             break
 
         # forward and backward over the micro-batches; DDP exchanges gradients in the last one only
-        step_start = time.perf_counter()
+        last_step.start_clock()
         seed_dropout(step, ranks.rank)
         loss = torch.zeros((), device=torch_device)
         for i, micro_batch in enumerate(micro_batches):
@@ -403,24 +461,15 @@ def main():
             scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
 
+        if check_later:  # the weights are as before, so that the run can still stop here
+            stopping = last_step.check()
+            if stopping:
+                break
+
         # update the weights
         set_learning_rate(optimizers, lr_factor(step, max_steps))
         grad_norm = clip_and_step(model, optimizers, scaler, grad_clip)
-
-        # average over the ranks (this waits for the GPU); stop_share > 0: some rank was asked to stop
-        loss, grad_norm, stop_share = mean_over_ranks(loss, grad_norm, stop.requested())
-        # In float16 an overflow skips the update and halves the loss scale; at a scale of 1 the run has
-        # diverged. Without float16 the scale is always 1.
-        overflowed = not math.isfinite(grad_norm) and scaler.get_scale() > 1
-        if not math.isfinite(loss) or not (math.isfinite(grad_norm) or overflowed):
-            raise this_run.diverged(f'the loss is {loss:.4g}, the gradient norm {grad_norm:.4g}')
-        lr = optimizers[0].param_groups[0]['lr']
-        seconds = time.perf_counter() - step_start
-        progress.log_step(step, seconds, loss=loss, lr=lr, grad_norm=grad_norm)
-        this_run.step += 1
-        if stop_share > 0:
-            stopping = True
-            break
+        last_step.set_figures(loss, grad_norm, stop.requested())
 
     # the end
     if stopping:

@@ -92,17 +92,29 @@ def leave_ranks():
         dist.destroy_process_group()
 
 
-def mean_over_ranks(*values):
-    """Return the mean over all ranks of each value (scalar tensors or numbers), as a list of floats.
+class MeansOverRanks:
+    """The means over all ranks of some values (scalar tensors or numbers), which a GPU may still compute."""
 
-    This waits for the GPU.
-    """
-    device = next((value.device for value in values if torch.is_tensor(value)), 'cpu')
-    stacked = torch.stack([torch.as_tensor(value, dtype=torch.float32, device=device) for value in values])
-    if dist.is_initialized():
-        dist.all_reduce(stacked)
-        stacked /= dist.get_world_size()
-    return stacked.tolist()
+    def __init__(self, *values):
+        device = next((value.device for value in values if torch.is_tensor(value)), torch.device('cpu'))
+        stacked = torch.zeros(len(values), device=device)
+        for i, value in enumerate(values):
+            stacked[i] = value  # a number is filled in by the GPU itself: to copy it there would wait
+        if dist.is_initialized():
+            dist.all_reduce(stacked)
+            stacked /= dist.get_world_size()
+        # copied now, so that `read` does not wait for what the GPU is asked to do after this
+        self.means = stacked.to('cpu', non_blocking=stacked.is_cuda)
+        self.copied = None
+        if stacked.is_cuda:
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+
+    def read(self):
+        """Return the means, a list of floats, as soon as they are there."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.means.tolist()
 
 
 class StopSignals:

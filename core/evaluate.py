@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from core.device import to_device
 from core.distributed import Ranks
-from model import log_probs_by_chunk
+from model import log_probs_by_chunk, loss_chunk_size
 
 PIECE = 2**22  # tokens of a split that are searched for delimiters at a time
 
@@ -24,7 +24,8 @@ def count_loss(model, idx, targets):
     loss = 0
     n_correct = 0
     x = model.hidden(idx).flatten(0, 1)
-    for _, log_p, target in log_probs_by_chunk(model.lm_head, x, targets.flatten(), chunk_size=1024):
+    chunk_size = loss_chunk_size(x.device, model.config.vocab_size)
+    for _, log_p, target in log_probs_by_chunk(model.lm_head, x, targets.flatten(), chunk_size):
         loss += F.nll_loss(log_p, target, ignore_index=-1, reduction='sum')
         n_correct += (log_p.argmax(-1) == target).sum()
     return loss, n_correct

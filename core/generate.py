@@ -90,9 +90,14 @@ class StaticCache:
 # one token after another --------------------------------------------------------
 
 def prefill(model, cache, idx):
-    """Fill the cache with the tokens idx (B, T) and return the logits (B, V) of the next token."""
+    """Fill the cache with the tokens idx (B, T) and return the logits (B, V) of the next token.
+
+    Raises UserError if they are not finite.
+    """
     cache.length = 0
-    return model(idx, cache=cache)[:, -1]
+    logits = model(idx, cache=cache)[:, -1]
+    check_logits(logits.amax(-1))
+    return logits
 
 
 def decode_one_token(model, cache, token):
@@ -160,11 +165,21 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, su
 
 # sampling -----------------------------------------------------------------------
 
-def sample_token(logits, temperature, top_k, top_p, generator):
-    """Sample one token id per row of logits (B, V); returns (B,). Raises UserError if they are not finite."""
-    highest, likeliest = logits.max(-1, keepdim=True)
+def check_logits(highest):
+    """Raise UserError if the highest logits are not finite. This waits for a GPU."""
     if not highest.isfinite().all():
         raise UserError("the model's logits are not finite: did its training diverge?")
+
+
+def sample_token(logits, temperature, top_k, top_p, generator):
+    """Sample one token id per row of logits (B, V); returns (B,).
+
+    Raises UserError if they are not finite, but only on a CPU: elsewhere that would wait for the GPU at each
+    token, so `prefill` alone looks.
+    """
+    highest, likeliest = logits.max(-1, keepdim=True)
+    if logits.device.type == 'cpu':
+        check_logits(highest)
     if temperature == 0:
         return likeliest[:, 0]
     ids = None  # the token ids of the columns of `probs`, if they are not 0, 1, 2, ...

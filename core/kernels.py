@@ -1,7 +1,8 @@
-"""Faster equivalents of parts of model.py, for training on a CPU.
+"""Faster equivalents of parts of model.py, for training. They compute the same, except for rounding.
 
-`use_fast_cpu_kernels(model)` puts them in place. They compute the same as model.py, except for rounding, in
-fewer passes over memory. On a GPU torch.compile does that by itself, from model.py.
+`use_fast_cpu_kernels(model)` puts in place those for a CPU, which take fewer passes over memory. On a GPU
+torch.compile does that by itself, from model.py. `use_joined_products(model)` is for a GPU, which multiplies
+faster by one large matrix than by several small ones.
 """
 
 import math
@@ -15,6 +16,8 @@ from model import MLP, Attention, to_autocast_dtype
 # Longest context for which attention by two matrix products is used: its memory grows with T squared.
 LONGEST_MATH_ATTENTION = 512
 
+
+# for a CPU --------------------------------------------------------------------
 
 class RMSNormFunction(torch.autograd.Function):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, cast to the autocast dtype.
@@ -125,3 +128,39 @@ def use_fast_cpu_kernels(model):
         heads = model.config.n_head + model.config.n_kv_head
         model.cos = torch.cat((model.cos, model.cos), dim=-1).repeat(1, heads)
         model.sin = torch.cat((-model.sin, model.sin), dim=-1).repeat(1, heads)
+
+
+# for a GPU --------------------------------------------------------------------
+
+def multiply_by_joined(x, *linears):
+    """Apply linear layers of the same input as one product; return the output of each.
+
+    The weights stay parameters of their own, so they are joined each time. torch.compile does that while it
+    casts them to the autocast dtype, where it copies them anyway.
+    """
+    weight = torch.cat([linear.weight for linear in linears])
+    bias = None
+    if linears[0].bias is not None:
+        bias = torch.cat([linear.bias for linear in linears])
+    sizes = [linear.out_features for linear in linears]
+    return F.linear(x, weight, bias).split_with_sizes(sizes, dim=-1)
+
+
+class JoinedAttention(Attention):
+    def qkv(self, x):
+        return multiply_by_joined(x, self.q, self.k, self.v)
+
+
+class JoinedMLP(MLP):
+    def gate_up(self, x):
+        return multiply_by_joined(x, self.gate, self.up)
+
+
+def use_joined_products(model):
+    """Let a GPT compute queries, keys and values as one product, and gate and up as one, in place.
+
+    Parameters stay the same tensors under the same names.
+    """
+    for block in model.blocks:
+        block.attn.__class__ = JoinedAttention  # same parameters, other methods
+        block.mlp.__class__ = JoinedMLP

@@ -336,9 +336,7 @@ class Split:
         parts = []
         i = bisect.bisect_right(self.starts, start) - 1  # the shard with token `start`
         while length > 0 and i < len(self.shards):
-            # reading beyond the end of a file that was cut short would kill the process with a bus error
-            if self.maps[i].size() != self.shards[i].nbytes:
-                raise self.damaged(f'{self.folder / self.names[i]} has changed its length meanwhile')
+            self.check_length(i)
             offset = start - self.starts[i]
             part = self.shards[i][offset:offset + length]
             parts.append(part)
@@ -346,6 +344,11 @@ class Split:
             length -= len(part)
             i += 1
         return np.concatenate(parts)
+
+    def check_length(self, i):
+        """Raise UserError if shard i was cut short meanwhile: reading beyond its end is a fatal bus error."""
+        if self.maps[i].size() != self.shards[i].nbytes:
+            raise self.damaged(f'{self.folder / self.names[i]} has changed its length meanwhile')
 
     def check_tokens(self, tokens):
         """Raise UserError if any of the tokens is beyond the vocabulary."""
@@ -359,14 +362,38 @@ class Split:
         Returns int64 arrays x, y of shape (len(starts), block_size). Targets beyond the end of the split
         are -1, which the loss ignores.
         """
-        xy = np.full((len(starts), block_size + 1), -1, dtype=np.int64)
-        for row, start in zip(xy, starts, strict=True):
-            tokens = self.gather(int(start), block_size + 1)
-            row[:len(tokens)] = tokens
-        self.check_tokens(xy)
-        x = np.maximum(xy[:, :-1], 0)
-        y = xy[:, 1:]
+        starts = np.asarray(starts, dtype=np.int64)
+        tokens = self.gather_windows(starts, block_size + 1)
+        self.check_tokens(tokens)
+        # contiguous arrays: a GPU copies no others while it computes
+        x = tokens[:, :-1].astype(np.int64, order='C')
+        y = tokens[:, 1:].astype(np.int64, order='C')
+        for row in np.flatnonzero(starts + block_size >= self.n_tokens):
+            n_targets = max(0, self.n_tokens - 1 - starts[row])
+            y[row, n_targets:] = -1
         return x, y
+
+    def gather_windows(self, starts, length):
+        """Return `length` tokens from each of the positions `starts`, uint16 (len(starts), length).
+
+        Beyond the end of the stream they are 0.
+        """
+        tokens = np.zeros((len(starts), length), np.uint16)
+        shard_of_row = np.searchsorted(self.starts, starts, side='right') - 1
+        for i in np.unique(shard_of_row):
+            rows = np.flatnonzero(shard_of_row == i)
+            offsets = starts[rows] - self.starts[i]
+            is_inside = offsets + length <= len(self.shards[i])
+            # windows inside the shard: all at once
+            if is_inside.any():
+                self.check_length(i)
+                windows = np.lib.stride_tricks.sliding_window_view(self.shards[i], length)
+                tokens[rows[is_inside]] = windows[offsets[is_inside]]
+            # windows that go on in the next shard, or beyond the end of the stream
+            for row in rows[~is_inside]:
+                found = self.gather(int(starts[row]), length)
+                tokens[row, :len(found)] = found
+        return tokens
 
 
 class Batches:

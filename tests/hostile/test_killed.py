@@ -29,6 +29,13 @@ def default_signals():
         signal.signal(number, handler)
 
 
+@pytest.fixture(params=[False, True], ids=['checked-at-once', 'checked-later'])
+def check_later(request, monkeypatch):
+    """Check a step at once, or as on a GPU after the gradients of the next step."""
+    monkeypatch.setattr(train, '_ASYNCHRONOUS', ('cpu',) if request.param else ())
+    return request.param
+
+
 def error_of(start, *flags):
     """Start a run that fails; return its error without the traceback, which would keep the folder locked."""
     with pytest.raises((UserError, SystemExit, KeyboardInterrupt)) as raised:
@@ -68,6 +75,35 @@ def test_run_saves_on_a_signal_and_resumes_to_the_same_metrics(
     assert metrics(tmp_path / 'out') == uninterrupted
 
 
+def test_run_that_gets_a_signal_in_a_step_stops_after_it(start, tmp_path, monkeypatch, capsys, check_later):
+    """No update of the next step is made, nor counted, and the resumed run has the same metrics."""
+    start('--dropout=0.1')
+    uninterrupted = metrics(tmp_path / 'out')
+    forward, step, n_gradients, n_updates = train.GPT.forward, train.clip_and_step, [], []
+
+    def counted_forward(self, idx, targets=None, **kwargs):
+        if targets is not None:
+            n_gradients.append(1)
+        return forward(self, idx, targets, **kwargs)
+
+    def send_signal(*args):
+        n_updates.append(1)
+        if len(n_updates) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.GPT, 'forward', counted_forward)
+        patch.setattr(train, 'clip_and_step', send_signal)
+        assert error_of(start, '--dropout=0.1', '--overwrite').code == 130
+    assert load_checkpoint(tmp_path / 'out' / 'ckpt.pt')['iter'] == len(n_updates) == 3
+    assert 'stopped at step 3 and saved' in capsys.readouterr().err
+    assert len(n_gradients) == (8 if check_later else 6)  # two micro-batches per step
+    assert metrics(tmp_path / 'out') == uninterrupted[:4]  # an evaluation, three steps
+    start('--init_from=resume')
+    assert metrics(tmp_path / 'out') == uninterrupted
+
+
 def test_old_run_stays_until_the_new_one_begins(start, tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -89,7 +125,7 @@ def test_run_resumes_from_its_best_checkpoint(start, tmp_path):
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])
-def test_infinite_loss_does_not_reach_the_checkpoint(start, tmp_path, monkeypatch, value):
+def test_infinite_loss_does_not_reach_the_checkpoint(start, tmp_path, monkeypatch, value, check_later):
     forward = train.GPT.forward
     n_losses = 0
 

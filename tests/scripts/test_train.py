@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +10,12 @@ import torch
 import train
 from configurator import SettingError, UserError
 from core.checkpoint import load_checkpoint
+from core.distributed import MeansOverRanks
+from core.kernels import FastAttention, JoinedAttention
 from data.shards import Split
 from data.tokenizer import CharTokenizer
-from model import GPT, GPTConfig
+from model import GPT, Attention, GPTConfig
+from tests.helpers.models import small_model
 from tests.helpers.scripts import SETTINGS, metrics, rank_variables, script
 
 
@@ -47,6 +51,15 @@ def test_lr_factor_warms_up_and_decays_to_zero(given):
     assert train.lr_factor(0, 10) == 1 and train.lr_factor(9, 10) == pytest.approx(0.1)
     given(warmup_iters=20)  # a warmup longer than the run
     assert all(0 < train.lr_factor(step, 10) <= 1 for step in range(10))
+
+
+@pytest.mark.parametrize('device, kernels', [
+    ('cpu', FastAttention), ('cuda', JoinedAttention), ('mps', Attention)])
+def test_speed_up_puts_the_kernels_of_the_device_in_place(given, device, kernels):
+    given(compile='False')
+    run = SimpleNamespace(model=small_model())
+    train_model, _ = train.speed_up(run.model, run, None, torch.device(device), None)
+    assert train_model is run.model and type(run.model.blocks[0].attn) is kernels
 
 
 def test_dropout_seeds_differ_by_seed_step_and_rank(given):
@@ -142,6 +155,41 @@ def test_a_run_shows_and_writes_what_it_should(run):
     checkpoint = load_checkpoint(out / 'ckpt.pt')
     assert checkpoint['iter'] == 12 and checkpoint['settings']['n_embd'] == 32
     assert checkpoint['best_val_loss'] == min(line['val_loss'] for line in lines if 'val_loss' in line)
+
+
+def test_a_step_that_is_checked_later_is_the_same(start, given, tmp_path):
+    """As on a GPU, over evaluations, saved copies and the end; only the seconds differ."""
+    results = []
+    for devices in (), ('cpu',):
+        given(_ASYNCHRONOUS=devices)
+        start('--overwrite', '--max_iters=11', '--eval_interval=4', '--save_interval=3', '--dropout=0.1')
+        copies = [load_checkpoint(tmp_path / 'out' / name) for name in ('ckpt_9.pt', 'best.pt', 'ckpt.pt')]
+        assert [copy['iter'] for copy in copies][::2] == [9, 11]
+        weights = torch.cat([weight.flatten() for copy in copies for weight in copy['model'].values()])
+        results.append((metrics(tmp_path / 'out'), weights.tolist()))
+    assert results[0] == results[1]
+
+
+def test_a_gpu_has_the_next_gradients_to_compute_before_a_step_is_checked(start, given, monkeypatch):
+    events = []
+
+    def watch(owner, name, event):
+        original = getattr(owner, name)
+
+        def watched(*args, **kwargs):
+            events.append(event)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(torch.Tensor, 'backward', 'gradients')
+    watch(MeansOverRanks, 'read', 'check')
+    watch(train, 'clip_and_step', 'update')
+    watch(train, 'evaluate', 'evaluate')
+    given(_ASYNCHRONOUS=('cpu',))
+    start('--max_iters=3', '--eval_interval=9', '--gradient_accumulation_steps=1')
+    assert ' '.join(events) == ('evaluate gradients update gradients check update gradients check update '
+                                'check evaluate')
 
 
 def test_a_run_ends_after_its_epochs(train_small, data, tmp_path):

@@ -5,9 +5,19 @@ import math
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 from torch.nn import functional as F
 
-from model import GPT, GPTConfig
+from core.evaluate import count_loss
+from model import (
+    GPT,
+    GPTConfig,
+    LinearCrossEntropy,
+    log_probs_by_chunk,
+    logits_gradient,
+    loss_chunk_size,
+)
 from tests.helpers.models import CASES, GPT2_BLOCK, small_model
 
 
@@ -94,6 +104,59 @@ def test_the_chunked_loss_equals_that_of_all_logits_at_once(rows, tied):
     expected = F.cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=-1)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradient(model, 3 * loss), gradient(model, 3 * expected), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize('compiling', [False, True])
+def test_logits_gradient_equals_that_of_cross_entropy(monkeypatch, compiling):
+    monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: compiling)
+    logits, targets = torch.randn(6, 23, requires_grad=True), torch.tensor([0, 22, 5, 5, -1, 7])
+    F.cross_entropy(logits, targets, ignore_index=-1, reduction='sum').backward()
+    gradient = logits_gradient(logits.detach().log_softmax(-1), targets)
+    has_target = targets >= 0
+    torch.testing.assert_close(gradient[has_target], logits.grad[has_target])
+
+
+def test_the_compiled_loss_equals_the_eager_one_and_scatters_nothing():
+    """A scatter would be a kernel of its own, and a pass over all logits before and after it."""
+    graphs = []
+
+    def keep_graph(graph, _):
+        graphs.append(graph.code)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=keep_graph)
+    compiled_loss = torch.compile(LinearCrossEntropy.apply, backend=backend)
+    x, weight = torch.randn(9, 8, requires_grad=True), torch.randn(23, 8, requires_grad=True)
+    targets = torch.tensor([0, 22, 5, 5, -1, 7, 1, -1, 2])
+    results = []
+    for loss in LinearCrossEntropy.apply, compiled_loss:
+        value = loss(x, weight, targets, 4)
+        results.append((value, *torch.autograd.grad(value, (x, weight))))
+    torch.testing.assert_close(results[0], results[1])
+    assert len(graphs) == 2 and 'exp' in graphs[0] and 'scatter' not in ''.join(graphs)
+
+
+@pytest.mark.parametrize('device, vocab_size, chunk_size', [
+    ('cpu', 4096, 1024), ('mps', 50259, 1024), ('cuda', 4096, 32768), ('cuda', 50259, 2670),
+    ('cuda', 2**18, 1024)])
+def test_a_gpu_computes_the_loss_in_larger_chunks(device, vocab_size, chunk_size):
+    assert loss_chunk_size(torch.device(device), vocab_size) == chunk_size
+
+
+def test_loss_and_count_loss_take_chunks_of_loss_chunk_size(monkeypatch):
+    sizes = []
+
+    def recorded(head, x, targets, chunk_size):
+        sizes.append(chunk_size)
+        return log_probs_by_chunk(head, x, targets, chunk_size)
+
+    for module in 'model', 'core.evaluate':
+        monkeypatch.setattr(f'{module}.loss_chunk_size', lambda device, vocab_size: vocab_size + 1)
+        monkeypatch.setattr(f'{module}.log_probs_by_chunk', recorded)
+    model, idx = small_model(), torch.randint(0, 23, (2, 9))
+    model(idx, idx)
+    count_loss(model, idx, idx)
+    assert sizes == [24, 24]
 
 
 @pytest.mark.parametrize('choices', CASES, ids=str)

@@ -12,13 +12,13 @@ from configurator import UserError
 from core import distributed
 from core.checkpoint import resume_command
 from core.distributed import (
+    MeansOverRanks,
     Ranks,
     StopSignals,
     compare_ranks,
     get_ranks,
     join_ranks,
     leave_ranks,
-    mean_over_ranks,
     report_lost_ranks,
 )
 from tests.helpers.scripts import rank_variables
@@ -33,12 +33,39 @@ def test_ranks_come_from_the_environment(monkeypatch):
     assert get_ranks() == Ranks(rank=5, local_rank=1, world_size=8)
 
 
-def test_mean_over_ranks_divides_the_sum(monkeypatch):
-    assert mean_over_ranks(torch.tensor(1.5), 2, True) == [1.5, 2.0, 1.0]  # one rank
+def test_means_over_ranks_divide_the_sums(monkeypatch):
+    assert MeansOverRanks(torch.tensor(1.5), 2, True).read() == [1.5, 2.0, 1.0]  # one rank
     monkeypatch.setattr(dist, 'is_initialized', lambda: True)
     monkeypatch.setattr(dist, 'get_world_size', lambda: 4)
     monkeypatch.setattr(dist, 'all_reduce', lambda tensor: tensor.add_(torch.tensor([6.0, 0.0])))
-    assert mean_over_ranks(torch.tensor(2.0), False) == [2.0, 0.0]
+    assert MeansOverRanks(torch.tensor(2.0), False).read() == [2.0, 0.0]
+
+
+def test_means_over_ranks_wait_for_their_own_copy_only(monkeypatch):
+    """A GPU copies the means in turn; what it is asked to do later has not to be done when they are read."""
+    calls = []
+
+    class OnCuda(torch.Tensor):
+        is_cuda = True
+
+        def to(self, *args, **options):
+            calls.append((*args, options))
+            return self.as_subclass(torch.Tensor)
+
+    class Event:
+        def record(self):
+            calls.append('record')
+
+        def synchronize(self):
+            calls.append('synchronize')
+
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, 'zeros', lambda *shape, device: zeros(*shape).as_subclass(OnCuda))
+    monkeypatch.setattr(torch.cuda, 'Event', Event)
+    means = MeansOverRanks(torch.tensor(1.5), True)
+    assert calls == [('cpu', {'non_blocking': True}), 'record']
+    assert means.read() == [1.5, 1.0]
+    assert calls[2:] == ['synchronize']
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from configurator import UserError
 from core.generate import (
     KVCache,
     first_story_words,
@@ -10,6 +11,7 @@ from core.generate import (
     generate_stories,
     generate_until,
     max_stories_at_once,
+    prefill,
     sample_story,
     sample_token,
 )
@@ -157,6 +159,37 @@ def test_logits_that_are_not_finite_are_an_error(value):
     for temperature in 0, 1.0:
         with pytest.raises(Exception, match='did its training diverge'):
             sample_token(logits, temperature, 0, 1.0, torch.Generator())
+
+
+class NoGenerator:
+    """A torch.Generator of a device that is not here."""
+
+    def __init__(self, device):
+        pass
+
+    def manual_seed(self, seed):
+        return None
+
+
+@pytest.mark.parametrize('settings', [{'temperature': 0}, {}, {'top_k': 5, 'suppress': [1, 2]}], ids=str)
+def test_on_a_gpu_only_a_prefill_looks_at_its_logits(monkeypatch, settings):
+    """As on the meta device, where a look at any number is an error; the caller reads the tokens."""
+    looks = []
+    monkeypatch.setattr('core.generate.check_logits', lambda highest: looks.append(highest.shape))
+    monkeypatch.setattr(torch, 'Generator', NoGenerator)
+    model = small_model(block_size=16).to('meta')
+    idx = torch.zeros(2, 3, dtype=torch.long, device='meta')
+    tokens = list(generate(model, idx, 20, **settings))
+    assert [token.shape for token in tokens] == 20 * [(2,)]
+    assert looks == 2 * [(2,)]  # the prompt, and the last half of the context when that is full
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_prefill_finds_logits_that_are_not_finite(value):
+    model, idx = small_model(), torch.ones(2, 3, dtype=torch.long)
+    model.lm_head.weight.data[5] = value
+    with pytest.raises(UserError, match='did its training diverge'):
+        prefill(model, KVCache(model.config, 2, 'cpu', torch.float32), idx)
 
 
 # stories ------------------------------------------------------------------------

@@ -1,8 +1,9 @@
-"""The fast CPU kernels against model.py, and their backward passes against numeric gradients."""
+"""The faster kernels against model.py, and their backward passes against numeric gradients."""
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from core.kernels import (
     FastRMSNorm,
@@ -11,6 +12,7 @@ from core.kernels import (
     math_attention,
     rotate_all_heads,
     use_fast_cpu_kernels,
+    use_joined_products,
 )
 from model import apply_rope
 from tests.helpers.models import CASES, small_model
@@ -115,3 +117,53 @@ def test_long_contexts_use_the_flash_kernel(monkeypatch, T, uses_math):
     assert used == ([torch.bfloat16] if uses_math else [])
     model(torch.zeros(1, T, dtype=torch.long))  # without autocast flash is faster
     assert len(used) == uses_math
+
+
+# for a GPU --------------------------------------------------------------------
+
+def count_products(monkeypatch, model, x, y):
+    """Return how many linear layers the blocks of a model compute as products of their own."""
+    weights = []
+    linear = nn.functional.linear
+
+    def counted(x, weight, bias=None):
+        weights.append(weight)
+        return linear(x, weight, bias)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.functional, 'linear', counted)
+        model.hidden(x)
+    return len(weights)
+
+
+@pytest.mark.parametrize('choices', CASES, ids=str)
+def test_joined_products_equal_the_specification(monkeypatch, choices):
+    """Loss, gradients and logits in float32, for every choice of block; with fewer products."""
+    specification, joined = small_model(**choices), small_model(**choices)
+    use_joined_products(joined)
+    assert joined.state_dict().keys() == specification.state_dict().keys()
+    idx = torch.randint(0, 23, (3, 17))
+    x, y = idx[:, :-1], idx[:, 1:].contiguous()
+    expected, loss = specification(x, y), joined(x, y)
+    torch.testing.assert_close(loss, expected)
+    expected_gradients = gradients(specification, expected)
+    torch.testing.assert_close(gradients(joined, loss), expected_gradients, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(joined(x), specification(x), rtol=1e-4, atol=1e-4)
+    is_swiglu = joined.config.mlp == 'swiglu'
+    before, now = (count_products(monkeypatch, model, x, y) for model in (specification, joined))
+    assert (before, now) == ((2 * 7, 2 * 4) if is_swiglu else (2 * 6, 2 * 4))
+
+
+def test_joined_products_compile_to_one_graph():
+    specification, joined = small_model(n_kv_head=2), small_model(n_kv_head=2)
+    use_joined_products(joined)
+    counter = CompileCounterWithBackend('aot_eager')
+    compiled = torch.compile(joined, backend=counter)
+    x, y = torch.randint(0, 23, (2, 2, 16))
+    with torch.autocast('cpu', torch.bfloat16):
+        expected, loss = specification(x, y), compiled(x, y)
+    torch.testing.assert_close(loss, expected)
+    found = gradients(joined, loss)
+    torch.testing.assert_close(found, gradients(specification, expected), rtol=0.05, atol=0.01)
+    assert counter.frame_count == 1

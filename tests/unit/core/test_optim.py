@@ -70,6 +70,17 @@ def test_muon_starts_from_a_momentum_of_zero():
     torch.testing.assert_close(muon.state[p]['momentum_buffer'], 0.1 * p.grad)
 
 
+def test_muon_makes_a_momentum_buffer_once(monkeypatch):
+    params = [torch.nn.Parameter(torch.ones(4, 6)) for _ in range(3)]
+    muon, zeros_like, made = Muon(params, lr=LR, weight_decay=DECAY), torch.zeros_like, []
+    monkeypatch.setattr(torch, 'zeros_like', lambda p: made.append(p) or zeros_like(p))
+    for _ in range(3):
+        for p in params:
+            p.grad = torch.randn(4, 6)
+        muon.step()
+    assert len(made) == 3
+
+
 @pytest.mark.parametrize('ranks', [2, 3])
 def test_the_shares_of_all_ranks_make_the_whole(tmp_path, ranks):
     """Also if a rank has no share: five matrices on three ranks, one on two."""

@@ -54,6 +54,36 @@ def test_windows_have_targets_one_token_further_and_minus_one_beyond_the_end(fol
     assert (y[3] == -1).all()
 
 
+def naive_windows(tokens, starts, block_size):
+    """Return inputs and targets of each window, token by token."""
+    xs, ys = [], []
+    for start in starts:
+        padded = [*tokens[start:start + block_size + 1]] + [-1] * (block_size + 1)
+        xs.append([max(token, 0) for token in padded[:block_size]])
+        ys.append(padded[1:block_size + 1])
+    return np.array(xs), np.array(ys)
+
+
+@pytest.mark.parametrize('shard_tokens', [1, 7, 8, 9, 40, 100])
+def test_windows_of_random_shards_equal_the_naive_ones(tmp_path, shard_tokens):
+    """In any order and more than once; inside shards, across them, at the end and beyond it."""
+    rng = np.random.default_rng(shard_tokens)
+    tokens = rng.integers(0, 2**16, 103).astype(np.uint16)
+    split = Split(prepare(tmp_path, tokens, TOKENS, shard_tokens, vocab_size=2**16), 'train')
+    starts = rng.permutation([*range(106), 5, 5, 99])
+    for block_size in 1, 8, 40:
+        x, y = split.windows(starts, block_size)
+        expected_x, expected_y = naive_windows(tokens.tolist(), starts, block_size)
+        assert np.array_equal(x, expected_x) and np.array_equal(y, expected_y)
+        assert x.dtype == y.dtype == np.int64
+    assert split.windows([], 8)[1].shape == (0, 8)
+
+
+def test_micro_batches_are_contiguous_so_that_a_gpu_copies_them_while_it_computes(folder):
+    for x, y in Batches(Split(folder, 'train'), 16, 4, 2, seed=1)(0):
+        assert x.flags.c_contiguous and y.flags.c_contiguous
+
+
 @pytest.mark.parametrize('batch_size', [4, 5, 100])
 def test_each_epoch_has_every_window_once(folder, batch_size):
     """The windows of the first epoch begin at token 0, those of later epochs elsewhere."""
@@ -113,7 +143,8 @@ def test_from_step_yields_the_batches_of_the_following_steps(folder):
 @pytest.mark.parametrize('use', [
     lambda split: split.read(390, 20),
     lambda split: split.windows([390], 16),
-    lambda split: Batches(split, 16, 62, 1, seed=0)(0)], ids=['read', 'windows', 'batches'])
+    lambda split: split.windows([450], 16),
+    lambda split: Batches(split, 16, 62, 1, seed=0)(0)], ids=['read', 'across', 'inside', 'batches'])
 def test_shard_that_is_cut_short_while_in_use_is_reported(folder, use):
     """A bus error would end the process without a message."""
     split = Split(folder, 'train')
