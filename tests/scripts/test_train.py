@@ -9,6 +9,7 @@ import torch
 import train
 from configurator import SettingError, UserError
 from core.checkpoint import load_checkpoint
+from core.distributed import Ranks
 from data.shards import Split
 from data.tokenizer import CharTokenizer
 from model import GPT, GPTConfig
@@ -142,6 +143,30 @@ def test_a_run_shows_and_writes_what_it_should(run):
     checkpoint = load_checkpoint(out / 'ckpt.pt')
     assert checkpoint['iter'] == 12 and checkpoint['settings']['n_embd'] == 32
     assert checkpoint['best_val_loss'] == min(line['val_loss'] for line in lines if 'val_loss' in line)
+
+
+@pytest.mark.parametrize('n_ranks, rows', [(1, 4), (4, 2)])
+def test_all_that_is_compiled_gets_one_shape(start, monkeypatch, n_ranks, rows):
+    """Another shape, or another number of threads, would be compiled anew in the middle of the run."""
+    calls = []
+
+    def compile(function):
+        def compiled(x, y):
+            calls.append((function, x.shape, y.shape))
+            return function(x, y)
+        return compiled
+
+    monkeypatch.setattr(torch, 'compile', compile)
+    monkeypatch.delenv('OMP_NUM_THREADS')
+    monkeypatch.setattr(torch, 'set_num_threads', None)  # not called
+    monkeypatch.setattr(train, 'get_ranks', lambda: Ranks(0, 0, n_ranks))  # alone, with the share of a rank
+    monkeypatch.setattr(train, 'join_ranks', lambda model, *_: model)
+    monkeypatch.setattr(torch.distributed, 'all_reduce', lambda _: None)
+    start('--compile=True')
+    model, score = {function: None for function, *_ in calls}
+    one_shape = (rows, 64), (rows, 64)
+    assert {*calls} == {(model, *one_shape), (score, *one_shape)}
+    assert len(calls) > 20
 
 
 def test_a_run_ends_after_its_epochs(train_small, data, tmp_path):
