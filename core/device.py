@@ -77,16 +77,16 @@ def mps_is_reliable():
 
 
 def check_kernels(device):
-    """Raise UserError if this torch has no kernels for a CUDA device, because the device is too old."""
+    """Raise UserError if this torch has no kernels for a CUDA device: it is too old for it, or too new."""
     try:
         torch.ones(1, device=device)
     except RuntimeError as error:
         if 'no kernel image' not in str(error):
             raise
-        name = torch.cuda.get_device_name(device)
-        raise UserError(f'torch {torch.__version__} has no kernels for the {name}: type pip install '
-                        'torch==2.13.0 --index-url https://download.pytorch.org/whl/cu126, which has them '
-                        'for older GPUs, or use --device cpu') from error
+        gpu = torch.cuda.get_device_name(device)
+        raise UserError(f'torch {torch.__version__} has no kernels for the {gpu}. For a V100 and older GPUs, '
+                        'pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cu126; for '
+                        'newer ones, the newest torch; or use --device cpu') from error
 
 
 def find_cuda(local_rank):
