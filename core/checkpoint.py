@@ -54,6 +54,7 @@ TYPES = {
 REQUIRED = 'model', 'config', 'tokenizer', 'settings', 'iter'
 TO_RESUME = *REQUIRED, 'best_val_loss', 'optimizers', 'scaler', 'fingerprint'
 LONGEST_CONTEXT = 2**20
+END_BYTES = 2**16  # how much of the end of a .jsonl file is read first
 KEPT = re.compile(r'ckpt_(\d+)\.pt')  # a copy for each save_interval
 # What a run writes into its folder next to the tokenizer, and what a killed process may leave of it
 RUN_FILES = re.compile(r'(ckpt(_\d+)?|best)\.pt|(metrics|samples)\.jsonl|run\.json|loss\.png')
@@ -315,17 +316,15 @@ class RunFolder:
         for name in 'metrics.jsonl', 'samples.jsonl':
             path = self.path / name
             if path.exists():
-                write_atomically(path, partial(copy_records_before, step, path))
+                os.truncate(path, end_of_records_before(step, path))
 
     def last_recorded_step(self):
         """Return the step of the last line of metrics.jsonl, -1 if there is none."""
         path = self.path / 'metrics.jsonl'
         if not path.exists():
             return -1
-        with open(path, 'rb') as file:
-            file.seek(max(0, path.stat().st_size - 65_536))  # the file may be long
-            records = [parse_record(line) for line in file]
-        return max((record['iter'] for record in records if record is not None), default=-1)
+        records = [record for _, record in last_records(path, END_BYTES)]
+        return max((record['iter'] for record in records), default=-1)
 
     def later_checkpoints(self, step):
         """Return the names of the kept checkpoints ckpt_STEP.pt with STEP > `step`, in their order."""
@@ -365,13 +364,31 @@ class RunFolder:
                 write_atomically(self.path / name, partial(shutil.copyfileobj, source))
 
 
-def copy_records_before(step, path, file):
-    """Copy the well-formed lines of earlier steps than `step` from a .jsonl file to an open file."""
-    with open(path, 'rb') as source:
-        for line in source:
+def end_of_records_before(step, path):
+    """Return where the last line of an earlier step than `step` ends in a .jsonl file whose steps ascend.
+
+    The file may be long, so it is read from its end.
+    """
+    n_bytes = END_BYTES
+    while True:
+        ends = [end for end, record in last_records(path, n_bytes) if record['iter'] < step]
+        if ends:
+            return ends[-1]
+        if n_bytes >= path.stat().st_size:
+            return 0
+        n_bytes *= 16
+
+
+def last_records(path, n_bytes):
+    """Return [(where its line ends, record)] of the whole, well-formed lines in the last bytes of a file."""
+    found = []
+    with open(path, 'rb') as file:
+        file.seek(max(0, path.stat().st_size - n_bytes))
+        for line in file:  # the first may be half a line, which is malformed
             record = parse_record(line)
-            if record is not None and record['iter'] < step:
-                file.write(line.rstrip() + b'\n')  # the last line of a killed run may lack its end
+            if record is not None and line.endswith(b'\n'):
+                found.append((file.tell(), record))
+    return found
 
 
 def parse_record(line):

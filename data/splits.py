@@ -2,7 +2,7 @@
 
 import re
 
-from configurator import UserError, printable
+from configurator import UserError, one_line
 
 # What files and folders of a split are called
 SPLIT_OF_WORD = {
@@ -128,11 +128,6 @@ def list_names(names):
     if len(names) > 4:
         return f'{len(names):,} files ({shown}, ...)'
     return shown
-
-
-def one_line(name):
-    """Return a file's name without line breaks and control characters."""
-    return ' '.join(printable(name).split())
 
 
 # documents ----------------------------------------------------------------------

@@ -100,22 +100,28 @@ def files_below(folder):
         if current.resolve() in visited:
             continue
         visited.add(current.resolve())
-        for path in sorted(list_folder(current)):
-            if path.name.startswith('.'):
-                continue
-            if path.is_dir():
-                (links if path.is_symlink() else folders).append(path)
-            elif path.is_file():
+        for path in list_folder(current):
+            if not path.is_dir():
                 files.append(path)
             elif path.is_symlink():
-                raise UserError(f'{path} is a link to {os.readlink(path)}, which is not there: remove it')
+                links.append(path)
+            else:
+                folders.append(path)
     return files
 
 
 def list_folder(folder):
-    """Return the paths in a folder. Raises UserError if it cannot be read."""
+    """Return the files and folders in a folder, sorted, without what is hidden.
+
+    Raises UserError if the folder cannot be read or a link leads nowhere.
+    """
     try:
-        return list(folder.iterdir())
+        paths = [path for path in sorted(folder.iterdir()) if not path.name.startswith('.')]
+        for path in paths:
+            if path.is_symlink() and not path.exists():
+                raise UserError(f'{path} is a link to {os.readlink(path)}, which is not there: bring what it '
+                                'leads to, or remove it')
+        return [path for path in paths if path.is_dir() or path.is_file()]
     except OSError as error:
         raise UserError(f'the folder {folder} cannot be read ({error.strerror}): change its permissions, or '
                         'move it out of the source') from error
@@ -141,7 +147,10 @@ def read_stories(path, how):
     how: a Format. Raises UserError with the place if the file is not what its name says; the errors of
     libraries pass through.
     """
-    refuse_stand_in(path)
+    try:
+        refuse_stand_in(path)
+    except OSError as error:
+        raise UserError(f'{path} cannot be read ({error.strerror})') from error
     try:
         yield from READERS[file_type(path)](path, how)
     except UnicodeDecodeError as error:
@@ -227,13 +236,11 @@ def describe_document(path, text, how, is_alone):
     is_alone: whether it is all there is. Only then line breaks may be between stories, and not just in them.
     """
     separator, n = guess_separator(text)
-    if not is_alone and not separator.strip():
+    if not separator or (separator.isspace() and not is_alone):
         return ''
-    line = f'{path} has no {how.separator!r}, so it is one document'
-    if not separator:
-        return line
     found = {'\n': 'line breaks', '\n\n': 'blank lines'}.get(separator, separator.strip())
-    return f'{line}; it has {found} ({n:,}): type --separator {separator!r} if they are between stories'
+    return (f'{path} has no {how.separator!r}, so it is one document; it has {found} ({n:,}): '
+            f'type --separator {separator!r} if they are between stories')
 
 
 def guess_separator(text):

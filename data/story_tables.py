@@ -153,18 +153,18 @@ def rows_of_csv(path, how, separator):
         reader = csv.reader(file, delimiter=separator, strict=True)
         try:
             header = next_row(reader)
-            row = next_row(reader)
-            if not row:
-                return
-            place = header.index(choose_column(header, how.column, path))
-            while row:
+            place = None  # of the story in a row; without any row, it does not matter
+            for row in reader:
+                if not row:
+                    continue
+                if place is None:
+                    place = header.index(choose_column(header, how.column, path))
                 # programs leave out empty cells at the end of a row, but only there
                 if len(row) > len(header) or len(row) <= place:
                     raise UserError(f'{path}, line {reader.line_num}: columns: {len(row)}, and {len(header)} '
                                     f'in the first line: put quotes around text that contains {separator!r} '
                                     'or line breaks')
                 yield row[place]
-                row = next_row(reader)
         except csv.Error as error:
             raise UserError(f'{path}, line {reader.line_num}: {error} (quotes within quotes are doubled: '
                             '"He said ""yes"".")') from error

@@ -90,7 +90,7 @@ def split_of(name):
 
     Names such as TinyStories-valid, which say so only next to TinyStories-train, are left to the unit tests.
     """
-    parts = re.sub(r'\.(gz|txt|csv|jsonl?|parquet)\b', '', name.lower()).split('/')
+    parts = re.sub(r'\.(gz|txt|csv|tsv|jsonl?|parquet)\b', '', name.lower()).split('/')
     for part in reversed(parts):
         if match := re.fullmatch(r'(train|val|valid|validation|dev|eval|test)[-_]?\d*', part):
             return 'val' if match[1].startswith('val') else match[1]

@@ -170,7 +170,7 @@ MISTAKES += [
     (PREPARE, '--source s.jsonl', 1, 's.jsonl 1 text number', file('s.jsonl', '{"text": 7}')),
     (PREPARE, '--source s.parquet', 1, 's.parquet', file('s.parquet', 'PAR1')),
     (PREPARE, '--source s', 1, 's', file('s/state.json', '{')),
-    (PREPARE, '--source s', 1, 's/train state.json', file('s/train/data.arrow', 'x')),
+    (PREPARE, '--source s', 1, 's state.json', file('s/data.arrow', 'x')),
     (PREPARE, '--text_encoding utf-99', 2, 'text_encoding utf-99 cp1252'),
     (PREPARE, '--text_encoding cp1252 --source s.parquet', 2, 'text_encoding s.parquet', file('s.parquet')),
     (PREPARE, '--text_column tale', 2, 'text_column s.txt', file('s.txt', f'A.{END}B.')),

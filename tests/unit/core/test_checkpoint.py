@@ -258,12 +258,22 @@ def test_records_of_a_resumed_run_end_before_its_step_and_skip_bad_lines(tmp_pat
     (tmp_path / 'metrics.jsonl').write_bytes('\n'.join(lines).encode() + b'\xe9')
     folder = RunFolder(tmp_path, resume=True)
     begin(folder, step=2)
-    assert (tmp_path / 'metrics.jsonl').read_text() == '{"iter": 0, "loss": 1}\n{"iter": 1, "loss": 2}\n'
+    assert (tmp_path / 'metrics.jsonl').read_text() == '\n'.join(lines[:5]) + '\n'
     assert folder.last_recorded_step() == 1
     folder.record(iter=2, loss=0.5)
     assert folder.last_recorded_step() == 2
     assert list(folder.records()) == [{'iter': step, 'loss': loss} for step, loss in enumerate((1, 2, 0.5))]
     assert {*os.listdir(tmp_path)} == {'.lock', 'metrics.jsonl', 'tokenizer.json'}  # no new checkpoint
+
+
+@pytest.mark.parametrize('step', [0, 1, 500, 9999, 20_000])
+def test_records_of_a_long_run_are_cut_from_their_end(tmp_path, step):
+    lines = [json.dumps({'iter': i, 'loss': 2.5}) + '\n' for i in range(10_000)]  # 280 KB
+    (tmp_path / 'metrics.jsonl').write_text(''.join(lines))
+    folder = RunFolder(tmp_path, resume=True)
+    assert folder.last_recorded_step() == 9999
+    folder.cut_records(step)
+    assert (tmp_path / 'metrics.jsonl').read_text() == ''.join(lines[:step])
 
 
 def test_the_best_checkpoint_is_saved_before_the_last_which_says_how_good_it_was(tmp_path, monkeypatch):

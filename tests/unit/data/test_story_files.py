@@ -62,6 +62,15 @@ def test_find_story_files_reports_a_folder_that_cannot_be_read(tmp_path, monkeyp
         find_story_files(tmp_path / 's')
 
 
+def test_read_stories_reports_a_file_that_cannot_be_read(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, 'Permission denied', str(path))
+
+    monkeypatch.setattr(story_files, 'refuse_stand_in', refuse)
+    with pytest.raises(UserError, match=r'1\.txt cannot be read \(Permission denied\)$'):
+        list(read_stories(write(tmp_path / '1.txt', 'a'), Format()))
+
+
 # separators ---------------------------------------------------------------------
 
 @pytest.mark.parametrize('separator, text, parts', [
