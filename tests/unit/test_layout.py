@@ -13,7 +13,7 @@ from packaging.version import Version
 from configurator import declarations, settings
 from tests.helpers.scripts import ROOT
 
-SCRIPTS = ['train.py', 'sample.py', 'export.py', 'tools/report.py', 'tools/bench.py',
+SCRIPTS = ['train.py', 'sample.py', 'export.py', 'tools/report.py', 'tools/bench.py', 'tools/gpu_check.py',
            'data/tiny_stories/prepare.py', 'data/token_files/prepare.py']
 FOLDERS = ['core', 'data', 'formats', 'tools', 'cloud']
 # Each layer may import itself and the layers before it.
