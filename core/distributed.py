@@ -71,10 +71,10 @@ def join_ranks(model, device, facts):
 
 
 def longest_wait(n_params):
-    """Return for how long a rank waits for the others, a timedelta: then one of them must be lost.
+    """Return how long a rank waits for the others before it gives up, as one of them must be lost: a timedelta.
 
-    Rank 0 works alone for a while after each evaluation. It writes and draws, for which five minutes are
-    enough, and saves up to three files, of 12 bytes per parameter with AdamW, maybe to a disk with 100 MB/s.
+    After an evaluation all wait for rank 0. It writes a story and draws, for which five minutes are enough,
+    and saves up to three files. With AdamW they have 12 bytes per parameter; a slow disk takes 100 MB/s.
     """
     seconds_to_save = 3 * 12 * n_params / 100e6
     return timedelta(seconds=300 + seconds_to_save)

@@ -361,10 +361,10 @@ def check_runs(torch_device, half):
         compare_runs(Path(whole), Path(resumed))
         sample = ['sample.py', '--out_dir', whole, '--device', device, '--num_samples', '1']
         try_script('sample', *sample, '--dtype', 'auto')
-        if torch_device.type == 'cuda':
-            try_script('sample, compiled', *sample, '--dtype', 'auto', '--compile')
         if torch_device.type != 'cpu':
             try_script('sample in int8, which is for a CPU', *sample, '--dtype', 'int8', status=2)
+        if torch_device.type == 'cuda':
+            try_script('sample, compiled', *sample, '--dtype', 'auto', '--compile')
             try_script('too large a batch', *train, '--out_dir', f'{folder}/large', '--compile', 'False',
                        '--batch_size', str(2**15), '--gradient_accumulation_steps', '1', status=1)
 
