@@ -71,7 +71,7 @@ def join_ranks(model, device, facts):
 
 
 def longest_wait(n_params):
-    """Return how long a rank waits for the others before it gives up, as one of them must be lost: a timedelta.
+    """Return how long a rank waits for the others before it gives up, a timedelta.
 
     After an evaluation all wait for rank 0. It writes a story and draws, for which five minutes are enough,
     and saves up to three files. With AdamW they have 12 bytes per parameter; a slow disk takes 100 MB/s.
