@@ -491,7 +491,9 @@ def script_path(name):
 # What torch, the system and other libraries say when memory runs out
 OUT_OF_MEMORY = (
     "out of memory|can't allocate memory|annot allocate memory|not enough memory|bad_alloc|"
-    'Resource temporarily unavailable')  # the last one if a thread cannot be started
+    '_ALLOC_FAILED|_ALLOCATION_FAILED|'  # cuBLAS and cuDNN
+    'Invalid buffer size: |'  # MPS
+    'Resource temporarily unavailable')  # if a thread cannot be started
 
 # The exceptions that a mistake in the code raises, whatever the file it reads contains
 BUGS = (NameError, UnboundLocalError, AttributeError, TypeError, AssertionError)

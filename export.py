@@ -162,10 +162,8 @@ def loss_in_8_bits(checkpoint):
 def validation_loss(model, val_split):
     """Return the mean loss in nats per token over the first _LOSS_TOKENS tokens."""
     block_size = model.config.block_size
-    batch_size = 8
-    evaluator = Evaluator(partial(count_loss, model), block_size, batch_size)
-    max_batches = math.ceil(_LOSS_TOKENS / (batch_size * block_size))
-    return evaluate(evaluator, val_split, max_batches=max_batches)['val_loss']
+    evaluator = Evaluator(partial(count_loss, model), block_size, batch_size=8)
+    return evaluate(evaluator, val_split, max_rows=math.ceil(_LOSS_TOKENS / block_size))['val_loss']
 
 
 def put_in_place(staged, target):

@@ -214,7 +214,7 @@ def measure_best_again(this_run, evaluator, val_split):
     best = load_checkpoint(this_run.folder.path / 'best.pt')
     this_run.model.load_state_dict(best['model'])
     this_run.model.eval()
-    metrics = evaluate(evaluator, val_split, max_batches=eval_iters)
+    metrics = evaluate(evaluator, val_split, max_rows=eval_iters * batch_size)
     this_run.model.train()
     this_run.model.load_state_dict(weights)
     if metrics is None:  # asked to stop: the next resumed run will measure
@@ -385,7 +385,7 @@ def main():
     optimizers = make_optimizers(model, optimizer, learning_rate, weight_decay, (beta1, beta2))
     scaler = torch.amp.GradScaler(torch_device.type, enabled=ptdtype == torch.float16)
     this_run = Run(run_folder, model, optimizers, scaler, tokenizer, train_split.meta, settings(globals()),
-                   describe_measure(val_split, block_size, batch_size, eval_iters, ptdtype))
+                   describe_measure(val_split, block_size, eval_iters * batch_size, ptdtype))
     if run_folder.resume:
         resume(this_run, max_steps)
     elif init_from != 'scratch':
@@ -397,7 +397,7 @@ def main():
 
     # evaluation
     stop = StopSignals()
-    evaluator = Evaluator(score, block_size, batch_size, torch_device, ranks, stop.requested)
+    evaluator = Evaluator(score, block_size, batches.micro_batch_size, torch_device, ranks, stop.requested)
     if this_run.best_measured_on != this_run.measured_on:  # the run to resume had other settings
         with context:
             measure_best_again(this_run, evaluator, val_split)
@@ -432,7 +432,7 @@ def main():
         if evaluates:
             model.eval()
             with context:
-                metrics = evaluate(evaluator, val_split, train_split, infill_rows, eval_iters)
+                metrics = evaluate(evaluator, val_split, train_split, infill_rows, eval_iters * batch_size)
                 if metrics is None:
                     stopping = True
                     break

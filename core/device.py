@@ -8,11 +8,13 @@ import re
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch.nn import functional as F
 
-from configurator import SettingError, one_of, out_of_memory
+from configurator import SettingError, UserError, one_of, out_of_memory
 from core.distributed import get_ranks
 
 PROC_STAT = Path('/proc/stat')  # how busy each core has been; only Linux has it
@@ -47,6 +49,9 @@ def choose_device(name, local_rank=0, world_size=1):
     device = torch.device(name)
     if device.type == 'mps' and not has_mps:
         raise SettingError('device mps: there is no MPS, or there are several ranks; use --device cpu')
+    if device.type == 'mps' and not mps_is_reliable():
+        print(f'torch {torch.__version__} computes some matrix products on MPS wrongly: '
+              "pip install 'torch>=2.14', or use --device cpu", file=sys.stderr)
     if device.type != 'cuda':
         return device
     if device.index is not None and world_size > 1:
@@ -56,7 +61,32 @@ def choose_device(name, local_rank=0, world_size=1):
     if index >= count:
         raise SettingError(f'device {name}: this machine has {count} CUDA devices; use --device cpu')
     torch.cuda.set_device(index)
-    return torch.device('cuda', index)
+    device = torch.device('cuda', index)
+    check_kernels(device)
+    return device
+
+
+def mps_is_reliable():
+    """Return whether this torch computes correctly on MPS, as far as we know.
+
+    Issues of pytorch, all solved in 2.14: float32 products whose left side is transposed are wrong (#193487),
+    causal attention in half precision sees future tokens (#195910), and attention of one token is wrong for
+    several sequences at once (#181133, until 2.11).
+    """
+    return torch.__version__ >= (2, 14)
+
+
+def check_kernels(device):
+    """Raise UserError if this torch has no kernels for a CUDA device: it is too old for it, or too new."""
+    try:
+        torch.ones(1, device=device)
+    except RuntimeError as error:
+        if 'no kernel image' not in str(error):
+            raise
+        gpu = torch.cuda.get_device_name(device)
+        raise UserError(f'torch {torch.__version__} has no kernels for the {gpu}. For a V100 and older GPUs, '
+                        'pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cu126; for '
+                        'newer ones, the newest torch; or use --device cpu') from error
 
 
 def find_cuda(local_rank):
@@ -77,6 +107,9 @@ def choose_dtype(name, device):
     SettingError.
     """
     one_of(('auto', *DTYPES), dtype=name)
+    if device.type == 'mps' and name in ('bfloat16', 'float16') and not mps_is_reliable():
+        raise SettingError(f'dtype {name}: in torch {torch.__version__} on MPS, attention in half precision '
+                           "sees future tokens; pip install 'torch>=2.14', or use --dtype float32")
     if name != 'auto':
         return DTYPES[name]
     if device.type == 'cuda':
@@ -139,11 +172,11 @@ def try_compile(train_model, score, x, y, context):
     """Compile what trains and what evaluates and return both, or None if compilation fails.
 
     train_model: a GPT, maybe wrapped in DDP. If it is, the backward graph is split at DDP's buckets, so that
-    communication overlaps with computation. score: `count_loss` of the same GPT. x, y: a batch to try both
-    on, as compilation fails only then. context: autocast.
+    communication overlaps with computation. score: `count_loss` of the same GPT; it then takes batches of at
+    most as many rows as x. x, y: a batch to try both on, as compilation fails only then. context: autocast.
     """
     compiled_model = torch.compile(train_model)
-    compiled_score = torch.compile(score)
+    compiled_score = partial(score_padded, torch.compile(score), len(x))
     train_model.require_backward_grad_sync = False  # every rank tries on its own
     try:
         with context:
@@ -160,6 +193,14 @@ def try_compile(train_model, score, x, y, context):
     finally:
         train_model.train()
         train_model.zero_grad(set_to_none=True)
+
+
+def score_padded(score, n_rows, idx, targets):
+    """Return score(idx, targets) with n_rows rows: another shape would be compiled again."""
+    missing = n_rows - len(idx)
+    idx = F.pad(idx, (0, 0, 0, missing))
+    targets = F.pad(targets, (0, 0, 0, missing), value=-1)
+    return score(idx, targets)
 
 
 # threads ----------------------------------------------------------------------

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 import warnings
+from datetime import timedelta
 from typing import NamedTuple
 
 import torch
@@ -59,13 +60,24 @@ def join_ranks(model, device, facts):
     """
     if get_ranks().world_size == 1:
         return model
+    timeout = longest_wait(model.n_params())
     if device.type == 'cuda':
-        dist.init_process_group(backend='nccl', device_id=device)
+        dist.init_process_group(backend='nccl', device_id=device, timeout=timeout)
     else:
-        dist.init_process_group(backend='gloo')
+        dist.init_process_group(backend='gloo', timeout=timeout)
     compare_ranks(facts)
     with warnings.catch_warnings(action='ignore', category=FutureWarning):  # torch 2.13 renamed an argument
         return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def longest_wait(n_params):
+    """Return how long a rank waits for the others before it gives up, a timedelta.
+
+    After an evaluation all wait for rank 0. It writes a story and draws, for which five minutes are enough,
+    and saves up to three files. With AdamW they have 12 bytes per parameter; a slow disk takes 100 MB/s.
+    """
+    seconds_to_save = 3 * 12 * n_params / 100e6
+    return timedelta(seconds=300 + seconds_to_save)
 
 
 def compare_ranks(facts):

@@ -43,7 +43,10 @@ class Evaluator:
     """Evaluates a model in batches; all ranks share the work and get the same results."""
 
     def __init__(self, score, block_size, batch_size, device='cpu', ranks=None, should_stop=never):
-        """score(idx, targets): `count_loss` of a model in evaluation mode. should_stop(): asked per batch."""
+        """score(idx, targets): `count_loss` of a model in evaluation mode. batch_size: rows per call of it.
+
+        should_stop(): asked per batch.
+        """
         self.score = score
         self.block_size = block_size
         self.batch_size = batch_size
@@ -51,22 +54,21 @@ class Evaluator:
         self.ranks = ranks or Ranks()
         self.should_stop = should_stop
 
-    def mean(self, read, rows, max_batches=0):
+    def mean(self, read, rows, max_rows=0):
         """Return the mean loss (nats per token) and accuracy over `rows`, nan if there are no targets.
 
         read(rows, block_size) returns inputs and targets of some rows, as NumPy arrays (B, block_size).
-        max_batches: evaluate only that many batches; 0: all. Raises Stopped on all ranks if one must stop.
+        max_rows: evaluate only that many rows; 0: all. Raises Stopped on all ranks if one must stop.
         """
+        rows = rows[:n_evaluated(rows, max_rows)]
         batches = [rows[i:i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
-        if max_batches > 0:
-            batches = batches[:max_batches]
         # loss, correct predictions, targets, ranks that were stopped. MPS has no float64.
         sums = torch.zeros(4, dtype=torch.float64, device='cpu' if self.device.type == 'mps' else self.device)
         for batch in batches[self.ranks.rank::self.ranks.world_size]:
             if self.should_stop():
                 sums[3] = 1
                 break
-            x, y = self.load(read, batch)
+            x, y = to_device(read(batch, self.block_size), self.device)
             loss, n_correct = self.score(x, y)
             sums[:3] += torch.stack((loss, n_correct, (y >= 0).sum())).to(sums.device).double()
         if self.ranks.world_size > 1:
@@ -78,18 +80,9 @@ class Evaluator:
             return math.nan, math.nan
         return loss / n_targets, n_correct / n_targets
 
-    def load(self, read, batch):
-        """Return inputs and targets of a batch on the device."""
-        x, y = read(batch, self.block_size)
-        if self.device.type == 'cuda':  # pad the last batch: one shape, one compilation
-            missing = (0, self.batch_size - len(batch)), (0, 0)
-            x = np.pad(x, missing)
-            y = np.pad(y, missing, constant_values=-1)
-        return to_device((x, y), self.device)
 
-
-def evaluate(evaluator, val_split, train_split=None, infill_rows=((), ()), max_batches=0):
-    """Evaluate on a whole validation split, its short tail included, or on its first `max_batches` batches.
+def evaluate(evaluator, val_split, train_split=None, infill_rows=((), ()), max_rows=0):
+    """Evaluate on a whole validation split, its short tail included, or on its first `max_rows` windows.
 
     train_split: also evaluate evenly spaced training windows, a quarter as many as all other rows.
     infill_rows: `find_infill_rows` of the validation split.
@@ -101,38 +94,37 @@ def evaluate(evaluator, val_split, train_split=None, infill_rows=((), ()), max_b
     val_rows = range(0, val_split.n_tokens - 1, evaluator.block_size)
     own, shuffled = infill_rows
     try:
-        metrics = validation_metrics(evaluator, val_split, val_rows, max_batches)
+        metrics = validation_metrics(evaluator, val_split, val_rows, max_rows)
         if train_split is not None:
-            n_rows = sum(n_evaluated(evaluator, rows, max_batches) for rows in (val_rows, own, shuffled))
+            n_rows = sum(n_evaluated(rows, max_rows) for rows in (val_rows, own, shuffled))
             metrics |= training_metrics(evaluator, train_split, n_rows=max(1, n_rows // 4))
         if own:
-            metrics['val_infill_loss'], _ = evaluator.mean(pad_infill_rows, own, max_batches)
-            metrics['val_infill_loss_shuffled'], _ = evaluator.mean(pad_infill_rows, shuffled, max_batches)
+            metrics['val_infill_loss'], _ = evaluator.mean(pad_infill_rows, own, max_rows)
+            metrics['val_infill_loss_shuffled'], _ = evaluator.mean(pad_infill_rows, shuffled, max_rows)
     except Stopped:
         return None
     return metrics
 
 
-def describe_measure(split, block_size, batch_size, max_batches, dtype):
+def describe_measure(split, block_size, max_rows, dtype):
     """Return in words what a validation loss is measured on: losses of the same words can be compared.
 
     Example: '48 of 120 windows in bfloat16'
     """
-    n_windows = len(range(0, split.n_tokens - 1, block_size))
-    n_used = min(n_windows, max_batches * batch_size) if max_batches > 0 else n_windows
+    windows = range(0, split.n_tokens - 1, block_size)
     dtype_name = str(dtype).removeprefix('torch.')
-    return f'{n_used:,} of {n_windows:,} windows in {dtype_name}'
+    return f'{n_evaluated(windows, max_rows):,} of {len(windows):,} windows in {dtype_name}'
 
 
-def n_evaluated(evaluator, rows, max_batches):
+def n_evaluated(rows, max_rows):
     """Return how many of the rows are evaluated."""
-    if max_batches == 0:
+    if max_rows == 0:
         return len(rows)
-    return min(len(rows), max_batches * evaluator.batch_size)
+    return min(len(rows), max_rows)
 
 
-def validation_metrics(evaluator, split, rows, max_batches):
-    loss, accuracy = evaluator.mean(split.windows, rows, max_batches)
+def validation_metrics(evaluator, split, rows, max_rows):
+    loss, accuracy = evaluator.mean(split.windows, rows, max_rows)
     return {
         'val_loss': loss,
         'val_ppl': math.exp(min(loss, 700)),  # beyond that it would overflow

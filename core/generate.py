@@ -272,15 +272,28 @@ def generate_until(model, prompts, stop, max_new_tokens, min_new_tokens=0, **sam
 
 
 def max_stories_at_once(model):
-    """Return how many stories are written side by side: keys and values in float32 take at most 1 GB of a
-    computer's memory, 8 GB of a GPU's."""
+    """Return how many stories are written side by side: as many as have room for their keys and values.
+
+    In float32, these take at most 1 GB of a computer's memory. On a GPU they take a quarter of what is free,
+    at most 8 GB: the logits of the prompts may take more.
+    """
     config = model.config
     bytes_per_story = 2 * 4 * config.n_layer * config.n_kv_head * config.head_dim * config.block_size
-    if next(model.parameters()).device.type == 'cpu':
+    device = next(model.parameters()).device
+    if device.type == 'cpu':
         at_once = min(2**30 // bytes_per_story, 128)  # more are not faster on a CPU
-    else:
-        at_once = 2**33 // bytes_per_story
-    return max(at_once, 1)
+        return max(at_once, 1)
+    at_once = max(min(free_gpu_memory(device) // 4, 2**33) // bytes_per_story, 1)
+    # A power of two, because the stories of a seed depend on this number, and free memory varies a little.
+    return 2 ** int(math.log2(at_once))
+
+
+def free_gpu_memory(device):
+    """Return the free bytes of a CUDA or MPS device."""
+    if device.type == 'cuda':
+        free, _ = torch.cuda.mem_get_info(device)
+        return free
+    return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
 
 
 def generate_stories(model, prompts, stop, max_new_tokens, seed, name='writing', **sampling):

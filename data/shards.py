@@ -429,6 +429,7 @@ class Batches:
             raise UserError(f'{split.folder} has {split.n_tokens:,} training tokens, fewer than one window '
                             f'of {block_size} and its target: prepare more text or lower --block_size')
         share = self.global_batch_size // world_size
+        self.micro_batch_size = share // self.grad_accum_steps
         self.local_rows = slice(rank * share, (rank + 1) * share)  # this rank's part of a global batch
         self.epoch = -1  # the epoch whose window starts are in `epoch_starts`
         self.epoch_starts = None

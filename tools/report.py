@@ -193,7 +193,7 @@ def prediction_figures(model):
     device_of_model = next(model.gpt.parameters()).device
     evaluator = Evaluator(partial(count_loss, model.gpt), block_size, batch_size=32, device=device_of_model)
     metrics = evaluate(evaluator, model.val, infill_rows=find_infill_rows(model.val, block_size),
-                       max_batches=eval_iters)
+                       max_rows=eval_iters * evaluator.batch_size)
     where = f'over {eval_iters} batches of the' if eval_iters else 'over the whole'
     where = f'{where} validation split'
 

@@ -26,7 +26,8 @@ from tests.reference import naive_prepare, naive_report, naive_sample, prepare_c
 
 DELIMITER = prepare_cases.DELIMITER
 PREPARE, SAMPLE = 'data/tiny_stories/prepare.py', 'sample.py'
-EXPORT, REPORT, BENCH = 'export.py', 'tools/report.py', 'tools/bench.py'
+EXPORT, REPORT = 'export.py', 'tools/report.py'
+BENCH, GPU_CHECK = 'tools/bench.py', 'tools/gpu_check.py'
 CASES = {}
 no_gpu = not torch.cuda.is_available()
 
@@ -735,12 +736,13 @@ def test_setting(world, tmp_path, path, name):
     CASES[path, name](world, tmp_path)
 
 
-# bench.py ---------------------------------------------------------------------
+# scripts that measure ---------------------------------------------------------
 
-def test_bench_uses_every_setting():
-    names = names_of(BENCH)
-    assert {'what', 'peer', 'repeats'} <= names
-    read = [node.id for node in ast.walk(ast.parse((ROOT / BENCH).read_text())) if isinstance(node, ast.Name)
+@pytest.mark.parametrize('path', [BENCH, GPU_CHECK])
+def test_scripts_that_measure_use_every_setting(path):
+    names = names_of(path)
+    assert {'what', 'peer'} <= names
+    read = [node.id for node in ast.walk(ast.parse((ROOT / path).read_text())) if isinstance(node, ast.Name)
             and isinstance(node.ctx, ast.Load)]
     assert names <= set(read)
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from core.checkpoint import load_checkpoint
+from data.files import lock_folder
 from tests.helpers.scripts import ROOT, SETTINGS, metrics, on_ranks, prepare, start_ranks
 
 pytestmark = pytest.mark.skipif(sys.platform != 'linux', reason='looks for ranks in /proc')
@@ -108,6 +109,48 @@ def test_a_rank_that_dies_takes_the_run_down(data, tmp_path):
     assert 'cannot reach the other ranks' in err and '--init_from resume' in err
     assert 'RuntimeError' not in err
     assert load_checkpoint(tmp_path / 'out' / 'ckpt.pt')['iter'] >= 5
+
+
+# A train.py in which one rank fails before it updates its weights
+FAILING_STEP = """
+import os, runpy, torch
+from core import optim
+
+def fail(*_):
+    raise {error}
+
+if os.environ['RANK'] == '{rank}':
+    optim.clip_and_step = fail
+runpy.run_path('{path}', run_name='__main__')
+"""
+
+
+@pytest.mark.parametrize('rank, error, reason', [
+    (0, "OSError(28, 'No space left on device')", 'train.py: No space left on device'),
+    (1, "torch.OutOfMemoryError('CUDA out of memory')", 'out of memory: type --batch_size 2 --gradient_')])
+def test_a_rank_that_fails_says_why_before_the_others_end(data, tmp_path, rank, error, reason):
+    program = tmp_path / 'train.py'
+    program.write_text(FAILING_STEP.format(rank=rank, error=error, path=ROOT / 'train.py'))
+    ranks = start_ranks([[program, *SETTINGS, f'--dataset={data}', f'--out_dir={tmp_path}/out']] * 2)
+    for script in ranks:
+        script.finish(status=1)
+    failing, other = ranks[rank], ranks[1 - rank]
+    assert reason in failing.err and failing.err.count('\n') == 1
+    assert f'rank {1 - rank} cannot reach the other ranks' in other.err and other.err.count('\n') == 1
+    written = [Path(script.folder, 'err').stat().st_mtime_ns for script in (failing, other)]
+    assert written == sorted(written)
+
+
+def test_a_folder_in_use_ends_all_ranks(data, tmp_path):
+    """Rank 0 alone locks the folder, while the others begin to evaluate."""
+    folder = tmp_path / 'out'
+    folder.mkdir()
+    with lock_folder(folder, 'wait'):
+        first, second = start_ranks([['train.py', *SETTINGS, f'--dataset={data}', f'--out_dir={folder}']] * 2)
+        first.finish(status=1)
+        second.finish(status=1)
+    assert 'is in use by another process' in first.err and first.err.count('\n') == 1
+    assert 'rank 1 cannot reach the other ranks' in second.err and second.err.count('\n') == 1
 
 
 def test_torchrun_restarts_a_run_from_its_last_checkpoint(data, tmp_path):

@@ -124,16 +124,16 @@ def test_sampling_settings_reach_the_stories(run, given, tmp_path, monkeypatch):
         calls.append((len(prompts), max_new_tokens, seed, sampling['temperature'], sampling['top_p']))
         return generate_stories(model, prompts, stop, max_new_tokens, seed, **sampling)
 
-    def watched_evaluation(*args, max_batches, **kwargs):
-        calls.append(max_batches)
-        return evaluate(*args, max_batches=max_batches, **kwargs)
+    def watched_evaluation(*args, max_rows, **kwargs):
+        calls.append(max_rows)
+        return evaluate(*args, max_rows=max_rows, **kwargs)
 
     monkeypatch.setattr(report, 'generate_stories', watched_stories)
     monkeypatch.setattr(report, 'evaluate', watched_evaluation)
     given(f'--out_dir={run[0]}', f'--path={tmp_path}/a.html', '--num_samples=3', '--max_new_tokens=9',
           '--seed=5', '--temperature=0.5', '--top_p=0.4', '--eval_iters=7')
     report.main()
-    assert calls == [(3, 9, 5, 0.5, 0.4), (3, 9, 5, 0.5, 0.4), 7]
+    assert calls == [(3, 9, 5, 0.5, 0.4), (3, 9, 5, 0.5, 0.4), 7 * 32]
 
 
 def test_ckpt_chooses_the_checkpoint(run, given, tmp_path):

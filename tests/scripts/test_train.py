@@ -10,7 +10,7 @@ import torch
 import train
 from configurator import SettingError, UserError
 from core.checkpoint import load_checkpoint
-from core.distributed import MeansOverRanks
+from core.distributed import MeansOverRanks, Ranks
 from core.kernels import FastAttention, JoinedAttention
 from data.shards import Split
 from data.tokenizer import CharTokenizer
@@ -190,6 +190,30 @@ def test_a_gpu_has_the_next_gradients_to_compute_before_a_step_is_checked(start,
     start('--max_iters=3', '--eval_interval=9', '--gradient_accumulation_steps=1')
     assert ' '.join(events) == ('evaluate gradients update gradients check update gradients check update '
                                 'check evaluate')
+
+
+@pytest.mark.parametrize('n_ranks, rows', [(1, 4), (4, 2)])
+def test_all_that_is_compiled_gets_one_shape(start, monkeypatch, n_ranks, rows):
+    """Another shape, or another number of threads, would be compiled anew in the middle of the run."""
+    calls = []
+
+    def compile(function):
+        def compiled(x, y):
+            calls.append((function, x.shape, y.shape))
+            return function(x, y)
+        return compiled
+
+    monkeypatch.setattr(torch, 'compile', compile)
+    monkeypatch.delenv('OMP_NUM_THREADS')
+    monkeypatch.setattr(torch, 'set_num_threads', None)  # not called
+    monkeypatch.setattr(train, 'get_ranks', lambda: Ranks(0, 0, n_ranks))  # alone, with the share of a rank
+    monkeypatch.setattr(train, 'join_ranks', lambda model, *_: model)
+    monkeypatch.setattr(torch.distributed, 'all_reduce', lambda _: None)
+    start('--compile=True')
+    model, score = {function: None for function, *_ in calls}
+    one_shape = (rows, 64), (rows, 64)
+    assert {*calls} == {(model, *one_shape), (score, *one_shape)}
+    assert len(calls) > 20
 
 
 def test_a_run_ends_after_its_epochs(train_small, data, tmp_path):

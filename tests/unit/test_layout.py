@@ -13,7 +13,7 @@ from packaging.version import Version
 from configurator import declarations, settings
 from tests.helpers.scripts import ROOT
 
-SCRIPTS = ['train.py', 'sample.py', 'export.py', 'tools/report.py', 'tools/bench.py',
+SCRIPTS = ['train.py', 'sample.py', 'export.py', 'tools/report.py', 'tools/bench.py', 'tools/gpu_check.py',
            'data/tiny_stories/prepare.py', 'data/token_files/prepare.py']
 FOLDERS = ['core', 'data', 'formats', 'tools', 'cloud']
 # Each layer may import itself and the layers before it.
@@ -191,10 +191,18 @@ def test_nothing_happens_on_import(name):
 # packages to install --------------------------------------------------------------
 
 def requirements(name):
-    """Return {package: specifier} of a requirements file, without the files that it includes."""
+    """Return the `specifiers` of a requirements file, without those of the files that it includes."""
     lines = [line.split(' #')[0].strip() for line in (ROOT / name).read_text(encoding='utf-8').splitlines()]
-    parsed = [Requirement(line) for line in lines if line and not line.startswith(('#', '-r'))]
-    return {requirement.name: requirement.specifier for requirement in parsed}
+    return specifiers(line for line in lines if line and not line.startswith(('#', '-r')))
+
+
+def specifiers(lines):
+    """Return {package, with its marker if it has one: specifier} of lines such as 'torch==2.13.0'."""
+    found = {}
+    for requirement in map(Requirement, lines):
+        name = f'{requirement.name}; {requirement.marker}' if requirement.marker else requirement.name
+        found[name] = requirement.specifier
+    return found
 
 
 @pytest.mark.parametrize('file, extra', [
@@ -203,21 +211,24 @@ def test_pyproject_agrees_with_requirements(file, extra):
     """The same packages; what the file pins lies in the range of pyproject.toml."""
     project = tomllib.loads((ROOT / 'pyproject.toml').read_text(encoding='utf-8'))['project']
     listed = project['optional-dependencies'][extra] if extra else project['dependencies']
-    ranges = {requirement.name: requirement.specifier for requirement in map(Requirement, listed)}
+    ranges = specifiers(listed)
     pinned = requirements(file)
     assert set(ranges) == set(pinned)
-    for package, specifiers in pinned.items():
-        for specifier in specifiers:
+    for package, pins in pinned.items():
+        for specifier in pins:
             assert specifier.operator == '=='
             assert ranges[package].contains(specifier.version), package
 
 
 def test_pyproject_takes_the_torch_versions_that_we_promise():
     project = tomllib.loads((ROOT / 'pyproject.toml').read_text(encoding='utf-8'))['project']
-    torch = next(Requirement(line) for line in project['dependencies'] if line.startswith('torch'))
+    ranges = specifiers(project['dependencies'])
+    elsewhere = ranges['torch; sys_platform != "darwin"']
     for version in '2.9.0', '2.9.1', '2.11.0+cu130', '2.13.0+cpu', '2.15.0':
-        assert torch.specifier.contains(Version(version)), version
-    assert not torch.specifier.contains(Version('2.8.0'))
+        assert elsewhere.contains(Version(version)), version
+    assert not elsewhere.contains(Version('2.8.0'))
+    on_macs = ranges['torch; sys_platform == "darwin"']
+    assert on_macs.contains(Version('2.14.0')) and not on_macs.contains(Version('2.13.0'))
 
 
 def test_workflow_runs_the_pythons_that_pyproject_allows():

@@ -106,7 +106,11 @@ def test_run_lets_rank_0_report_first(monkeypatch, capsys, rank, calls):
 @pytest.mark.parametrize('error', [
     MemoryError(),
     torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB'),
+    RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`'),
+    RuntimeError('cuDNN error: CUDNN_STATUS_ALLOC_FAILED'),
+    RuntimeError('cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED'),
     RuntimeError('MPS backend out of memory (MPS allocated: 17 GB)'),
+    RuntimeError('Invalid buffer size: 19.38 GiB'),
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes."),
     RuntimeError('[enforce fail] DefaultCPUAllocator: not enough memory: you tried 9 bytes.')])
 def test_run_gives_advice_if_memory_runs_out(monkeypatch, capsys, error):

@@ -9,12 +9,14 @@ from functools import partial
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
-from configurator import SettingError
+from configurator import SettingError, UserError
 from core import device
 from core.device import (
     DTYPES,
     autocast,
+    check_kernels,
     choose_device,
     choose_dtype,
     choose_threads,
@@ -34,6 +36,7 @@ def test_each_rank_has_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
     monkeypatch.setattr(torch.cuda, 'set_device', current.append)
+    monkeypatch.setattr(device, 'check_kernels', lambda _: None)
     assert [choose_device('auto', rank).index for rank in range(4)] == [0, 1, 2, 3]
     assert choose_device('cuda', 2) == torch.device('cuda', 2)
     assert choose_device('cuda:1') == torch.device('cuda', 1)
@@ -48,10 +51,45 @@ def test_each_rank_has_its_own_gpu(monkeypatch):
 def test_several_ranks_cannot_use_mps(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
+    monkeypatch.setattr(torch, '__version__', TorchVersion('2.14.0'))
     assert choose_device('auto', 0, 1).type == 'mps'
     assert choose_device('auto', 0, 2).type == 'cpu'
     with pytest.raises(SettingError, match=r'device mps: .* use --device cpu'):
         choose_device('mps', 0, 2)
+
+
+@pytest.mark.parametrize('version, is_old', [
+    ('2.9.1', True), ('2.13.0', True), ('2.14.0', False), ('2.14.1+cpu', False), ('3.0.0', False)])
+def test_mps_with_an_old_torch_is_reported_and_has_no_half_precision(monkeypatch, capsys, version, is_old):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
+    monkeypatch.setattr(torch, '__version__', TorchVersion(version))
+    mps = choose_device('auto')
+    line = capsys.readouterr().err
+    assert choose_device('cpu').type == 'cpu' and capsys.readouterr().err == ''
+    assert mps.type == 'mps' and choose_dtype('auto', mps) == choose_dtype('float32', mps) == torch.float32
+    if not is_old:
+        assert line == '' and choose_dtype('bfloat16', mps) == torch.bfloat16
+        return
+    assert re.fullmatch(rf"torch {version} .* on MPS wrongly: pip install 'torch>=2\.14', or .* cpu\n", line)
+    for name in 'bfloat16', 'float16':
+        assert choose_dtype(name, torch.device('cpu')) == DTYPES[name]
+        with pytest.raises(SettingError, match=f"dtype {name}: .*'torch>=2.14', or use --dtype float32"):
+            choose_dtype(name, mps)
+
+
+def test_a_gpu_for_which_torch_has_no_kernels_is_refused(monkeypatch):
+    def fail(*_, device):
+        raise error
+
+    monkeypatch.setattr(torch, 'ones', fail)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda _: 'Tesla V100-SXM2-16GB')
+    error = RuntimeError('CUDA error: no kernel image is available for execution on the device')
+    with pytest.raises(UserError, match=r'no kernels for the Tesla V100-SXM2-16GB\. .*/cu126; '):
+        check_kernels(torch.device('cuda', 0))
+    error = RuntimeError('CUDA error: device-side assert triggered')
+    with pytest.raises(RuntimeError, match='device-side assert'):
+        check_kernels(torch.device('cuda', 0))
 
 
 @pytest.mark.parametrize('name', ['gpu', 'cuda:', 'cuda:x', 'CPU', ''])

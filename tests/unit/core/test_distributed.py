@@ -3,6 +3,8 @@
 import os
 import signal
 import time
+from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -190,15 +192,17 @@ def test_ranks_with_other_facts_are_refused(monkeypatch, theirs, message):
 @pytest.mark.parametrize('name, options', [
     ('cuda:1', {'backend': 'nccl', 'device_id': torch.device('cuda', 1)}), ('cpu', {'backend': 'gloo'})])
 def test_how_ranks_join(monkeypatch, name, options):
+    """They wait for as long as rank 0 may work alone: with 10 million parameters, five minutes and a bit."""
     joined = []
+    model = SimpleNamespace(n_params=lambda: 10**7)
     for variable, value in rank_variables(0, 2).items():
         monkeypatch.setenv(variable, value)
     monkeypatch.setattr(dist, 'init_process_group', lambda **options: joined.append(options))
     monkeypatch.setattr(distributed, 'DistributedDataParallel', lambda model, **options: options)
     monkeypatch.setattr(distributed, 'compare_ranks', joined.append)
-    assert join_ranks('model', torch.device(name), 'facts') == {
+    assert join_ranks(model, torch.device(name), 'facts') == {
         'broadcast_buffers': False, 'gradient_as_bucket_view': True}
-    assert joined == [options, 'facts']
+    assert joined == [options | {'timeout': timedelta(seconds=303.6)}, 'facts']
 
 
 def test_on_several_machines_the_command_leaves_their_options_out(monkeypatch):

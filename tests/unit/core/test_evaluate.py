@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from core import evaluate as evaluation
+from core.device import score_padded
 from core.distributed import Ranks
 from core.evaluate import Evaluator, count_loss, evaluate, find_infill_rows
 from data.shards import Split
@@ -68,10 +69,11 @@ def test_the_whole_split_is_evaluated_with_its_short_tail(tmp_path, batch_size):
     assert result['val_acc'] == pytest.approx(np.mean(correct))
 
 
-def test_max_batches_limits_the_evaluation_to_the_first_batches(tmp_path):
+@pytest.mark.parametrize('batch_size', [2, 3, 50])
+def test_max_rows_limits_the_evaluation_to_the_first_windows(tmp_path, batch_size):
     split, model = val_split(tmp_path, TOKENS), make_model(8)
     losses, _ = naive_losses(model, TOKENS, 8)
-    result = evaluate(evaluator_of(model, 8, 2), split, max_batches=2)  # 2 batches of 2 windows of 8
+    result = evaluate(evaluator_of(model, 8, batch_size), split, max_rows=4)  # 4 windows of 8
     assert result['val_loss'] == pytest.approx(np.mean(losses[:32]), rel=1e-5)
 
 
@@ -97,8 +99,8 @@ def test_ranks_share_the_batches(tmp_path, monkeypatch):
     assert loss / 50 == pytest.approx(whole['val_loss']) and n_correct / 50 == pytest.approx(whole['val_acc'])
 
 
-def test_batches_on_a_gpu_have_one_shape(tmp_path, monkeypatch):
-    """The last one is padded, with targets that the loss ignores."""
+def test_a_compiled_score_gets_batches_of_one_shape(tmp_path):
+    """The last one, with 3 of 7 windows, is padded with targets that the loss ignores."""
     split, model, shapes = val_split(tmp_path, TOKENS), make_model(8), []
 
     def score(x, y):
@@ -106,13 +108,8 @@ def test_batches_on_a_gpu_have_one_shape(tmp_path, monkeypatch):
         return count_loss(model, x, y)
 
     expected = evaluate(evaluator_of(model, 8, 4), split)
-    evaluator = Evaluator(score, 8, 4)
-    evaluator.device = torch.device('cuda')
-    zeros = torch.zeros
-    monkeypatch.setattr(torch, 'zeros', lambda *shape, device, dtype: zeros(*shape, dtype=dtype))
-    monkeypatch.setattr(evaluation, 'to_device', lambda arrays, _: [torch.from_numpy(a) for a in arrays])
-    assert evaluate(evaluator, split) == pytest.approx(expected)
-    assert {*shapes} == {((4, 8), (4, 8))}
+    assert evaluate(Evaluator(partial(score_padded, score, 4), 8, 4), split) == pytest.approx(expected)
+    assert shapes == [((4, 8), (4, 8))] * 2
 
 
 @pytest.mark.parametrize('name, expected', [('mps', 'cpu'), ('cuda', 'cuda'), ('cpu', 'cpu')])

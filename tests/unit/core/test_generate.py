@@ -1,5 +1,7 @@
 """Generation against a model without a cache, sampling against the probabilities, batches against rows."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -18,7 +20,7 @@ from core.generate import (
 from data import infill
 from data.shards import Split
 from data.tokenizer import CharTokenizer
-from model import GPT
+from model import GPT, GPTConfig
 from tests.helpers.models import CASES, small_model
 from tests.helpers.scripts import STORIES, prepare
 from tests.helpers.stories import greedy_tokens, next_context
@@ -255,6 +257,22 @@ def test_max_stories_at_once_is_what_memory_has_room_for():
     assert max_stories_at_once(model) == 2**30 // size > 0
     config.block_size = 2**30
     assert max_stories_at_once(model) == 1
+
+
+@pytest.mark.parametrize('name, free, at_once', [
+    ('cuda', 3e9, 8),  # 0.75 GB hold 14 stories
+    ('cuda', 3.1e9, 8), ('cuda', 0, 1), ('cuda', 24e9, 64),
+    ('cuda', 140e9, 128),  # 8 GB hold 163, more is not taken
+    ('mps', 12e9, 32), ('mps', -1e9, 1)])
+def test_max_stories_at_once_takes_a_share_of_the_free_gpu_memory(monkeypatch, name, free, at_once):
+    """The keys and values of a story of this shape take 52 MB."""
+    config = GPTConfig(block_size=1024, n_layer=8, n_head=8, n_kv_head=8, n_embd=800)
+    gpu = torch.device(name)
+    model = SimpleNamespace(config=config, parameters=lambda: iter([SimpleNamespace(device=gpu)]))
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (int(free), 10**12))
+    monkeypatch.setattr(torch.mps, 'recommended_max_memory', lambda: 10**11)
+    monkeypatch.setattr(torch.mps, 'driver_allocated_memory', lambda: 10**11 - int(free))
+    assert max_stories_at_once(model) == at_once
 
 
 def test_sample_story_begins_with_its_prompt_and_stops_when_asked():
