@@ -36,7 +36,7 @@ from core.checkpoint import load_checkpoint
 from core.device import autocast, choose_device, choose_dtype, peak_flops, to_device, try_compile
 from core.evaluate import count_loss
 from core.generate import generate
-from core.kernels import use_fast_cpu_kernels
+from core.kernels import use_fast_cpu_kernels, use_joined_products
 from core.optim import clip_and_step, make_optimizers
 from model import GPT, GPTConfig
 from tools.baselines import SHAPE_NAMES, find_kind, seconds_of, training_rate
@@ -110,8 +110,11 @@ def make_model(config, torch_device):
 
 def use_fast_kernels(model):
     """Put in place the kernels that train.py uses on the model's device."""
-    if next(model.parameters()).device.type == 'cpu':
+    device_type = next(model.parameters()).device.type
+    if device_type == 'cpu':
         use_fast_cpu_kernels(model)
+    elif device_type == 'cuda':
+        use_joined_products(model)
 
 
 def make_batch(config, n_rows, torch_device):
