@@ -73,7 +73,7 @@ def read_json(path, how):
             yield story
     if number == 1 and lists and not column:
         raise UserError(f"{path} is an object, and a list of rows is expected, which is under "
-                        f"{' and '.join(map(repr, lists))[:200]}: write it to a file of its own")
+                        f"{' and '.join(map(repr, lists))[:200]}: write each list to its own file")
     if names and not column:
         choose_column(names, how.column, path)
 

@@ -24,17 +24,17 @@ NOT_OF_FILES = 'idna', 'punycode', 'undefined', 'raw_unicode_escape', 'unicode_e
 ARCHIVE = 'unpack it first'
 CONVERT = 'save its text as .txt'
 BINARY_FILES = {
-    b'\x1f\x8b': ('gzip', 'type gunzip and its name, or add .gz to its name'),
+    b'\x1f\x8b': ('gzip', 'add .gz to its name, or unpack it with gzip -dc'),
     b'PK\x03\x04': ('a zip archive (or .docx, .xlsx, .epub)', 'unpack it, or save its text as .txt'),
     b'PK\x05\x06': ('an empty zip archive', 'remove it'),
-    b'\x28\xb5\x2f\xfd': ('zstd', 'type unzstd and its name'),
-    b'\xfd7zXZ\x00': ('xz', 'type unxz and its name'),
-    b'BZh91AY&SY': ('bzip2', 'type bunzip2 and its name'),
-    b'\x04\x22\x4d\x18': ('lz4', 'type unlz4 and its name'),
+    b'\x28\xb5\x2f\xfd': ('zstd', 'unpack it with zstd -dc'),
+    b'\xfd7zXZ\x00': ('xz', 'unpack it with xz -dc'),
+    b'BZh91AY&SY': ('bzip2', 'unpack it with bzip2 -dc'),
+    b'\x04\x22\x4d\x18': ('lz4', 'unpack it with lz4 -dc'),
     b'7z\xbc\xaf\x27\x1c': ('a 7z archive', ARCHIVE),
     b'Rar!\x1a\x07': ('a rar archive', ARCHIVE),
     b'PAR1': ('Parquet', 'rename it to .parquet'),
-    b'ARROW1': ('Arrow', 'write it as .parquet'),
+    b'ARROW1': ('Arrow', 'write it as .parquet'),  # alone; what save_to_disk writes begins as the next one
     b'\xff\xff\xff\xff': ('Arrow', 'name the folder that save_to_disk wrote, or write it as .parquet'),
     b'SQLite format 3\x00': ('an SQLite database', 'export its stories as .csv or .jsonl'),
     b'%PDF-': ('a PDF', CONVERT),
@@ -64,8 +64,11 @@ def check_encoding(name):
 
 def refuse_binary(path):
     """Raise UserError if the first bytes of a file, or of what a .gz holds, show that it is no text."""
-    with open_bytes(path) as file:
-        start = file.read(20)
+    try:
+        with open_bytes(path) as file:
+            start = file.read(20)
+    except gzip.BadGzipFile as error:
+        raise UserError(f'{path} is not gzip, as its name says: take .gz off its name') from error
     for beginning, (what, advice) in BINARY_FILES.items():
         if start.startswith(beginning):
             raise UserError(f'{path} is not a text file but {what}: {advice}')

@@ -66,7 +66,7 @@ def test_read_json_is_the_same_however_much_is_read_at_a_time(tmp_path, monkeypa
     ('{"story": "a"}\n{"text": "b"}', "row 2 has 'text' and no 'story'.*: give both the name 'story', or "),
     ('{"body": "a"}\n{"title": "b"}', 'no column text or story: .* one of body, title, or move the file out'),
     ('{"title": "a", "license": "b", "tags": ["c"]}', 'no column .* one of title, license, tags, or move'),
-    ('{"v": 1, "data": [{"text": "a"}]}', "a list of rows .* is under 'data': write it to a file"),
+    ('{"v": 1, "data": [{"text": "a"}]}', "a list of rows .* is under 'data': write each list"),
     ('{"train": ["a"], "validation": ["b"]}', "a list of rows .* under 'train' and 'validation'"),
     (b'{"text": "a"}\n{"text": "caf\xe9"}', r'line 2: byte 0xe9 \(at offset 27\) is not utf-8'),
     ('<!DOCTYPE html>', 'an HTML page')])
