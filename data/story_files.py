@@ -218,7 +218,7 @@ READERS = {'.txt': read_txt, '.jsonl': read_json, '.json': read_json, '.csv': re
 
 # What other projects put between two stories: <|end_of_text|>, </s>, [EOS], a line of --- or * * *, \f
 MARKS = (r'<(?:\|\w{1,30}\|>|/?(?:s|eos|EOS|end|END|sep|SEP)>)', r'\[(?:EOS|END|SEP)\]',
-         r'\n([-*=#~_+])(?: ?\1){2,}(?=\r?\n)', r'\f')
+         r'\n[-*=#~_+](?: ?[-*=#~_+]){2,}(?=\r?\n)', r'\f')
 
 
 def read_document(path, how):

@@ -33,7 +33,7 @@ def choose_column(names, column, where):
     advice = 'type --text_column and one of ' + ', '.join(names)[:200]
     if Path(where).is_file():
         advice += ', or move the file out of the folder if it holds no stories'
-    if Path(where).suffixes[:1] in (['.csv'], ['.tsv']):
+    if str(where).lower().removesuffix('.gz').endswith(('.csv', '.tsv')):
         message += ' in its first line, which must name the columns'
     raise UserError(f'{message}: {advice}')
 

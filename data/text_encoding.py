@@ -24,7 +24,7 @@ NOT_OF_FILES = 'idna', 'punycode', 'undefined', 'raw_unicode_escape', 'unicode_e
 ARCHIVE = 'unpack it first'
 CONVERT = 'save its text as .txt'
 BINARY_FILES = {
-    b'\x1f\x8b': ('gzip', 'add .gz to its name, or unpack it with gzip -dc'),
+    b'\x1f\x8b': ('gzip', 'unpack it with gzip -dc'),
     b'PK\x03\x04': ('a zip archive (or .docx, .xlsx, .epub)', 'unpack it, or save its text as .txt'),
     b'PK\x05\x06': ('an empty zip archive', 'remove it'),
     b'\x28\xb5\x2f\xfd': ('zstd', 'unpack it with zstd -dc'),
@@ -58,8 +58,9 @@ def check_encoding(name):
     except LookupError:
         is_known = False
     if not is_known or codecs.lookup(name).name.replace('-', '_') in NOT_OF_FILES:
-        raise SettingError(f'text_encoding {name!r} is not known: try utf-8, utf-16, cp1252 (Windows in the '
-                           'West), or another name in the list "standard encodings" of Python')
+        raise SettingError(f'text_encoding {name!r} is not known as one of text files: try utf-8, utf-16, '
+                           'cp1252 (Windows in the West), or another name in the list "standard encodings" '
+                           'of Python')
 
 
 def refuse_binary(path):

@@ -147,6 +147,8 @@ def read_text(path):
             content = start.removeprefix('\ufeff')  # the mark of UTF-8 is no part of a list
             if not content:
                 raise ValueError('it is empty')
+            if '\0' in content:
+                raise ValueError('it has a byte 0, so it is no text in UTF-8')
             if is_merges(content):
                 return gpt2_of_merges(content)
             what = describe_vocabulary(content)
@@ -154,8 +156,8 @@ def read_text(path):
                 raise ValueError(f'it looks like {what}')
             return CharTokenizer.train(chunks(start, file))
     except UnicodeDecodeError as error:
-        raise UserError(find_undecodable(path, 'utf-8', 'utf-8') + ': convert it with iconv -f and its '
-                        'encoding, such as cp1252, -t utf-8') from error
+        raise UserError(find_undecodable(path, 'utf-8', 'utf-8') + ': convert it with iconv -t utf-8 -f '
+                        'and its encoding, such as cp1252') from error
 
 
 def chunks(start, file):

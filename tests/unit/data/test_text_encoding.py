@@ -62,7 +62,7 @@ def test_check_encoding_knows_encodings_of_text_alone(name):
 
 
 @pytest.mark.parametrize('data, says', [
-    (gzip.compress(b'a'), 'gzip: add .gz'), (b'PK\x03\x04\x14', 'a zip archive'),
+    (gzip.compress(b'a'), 'gzip: unpack it'), (b'PK\x03\x04\x14', 'a zip archive'),
     (b'PAR1\x15', r'\.parquet$'), (b'\x28\xb5\x2f\xfd\x04', 'zstd: unpack it'),
     (b'%PDF-1.7\n', 'a PDF'), (lzma.compress(b'a'), 'xz: unpack'),
     (bz2.compress(b'a'), 'bzip2: unpack'), (b'ARROW1\0\0', 'Arrow'), (b'\x89PNG\r\n', 'a PNG'),
@@ -75,5 +75,5 @@ def test_open_text_says_what_a_binary_file_is(tmp_path, data, says):
             with pytest.raises(UserError, match=f'{name} is not a text file.* {says}'):
                 open_text(tmp_path / name, encoding)
     (tmp_path / 'plain.gz').write_bytes(b'a story')
-    with pytest.raises(UserError, match='plain.gz is not gzip'):
+    with pytest.raises(UserError, match=r'plain\.gz is not gzip'):
         open_text(tmp_path / 'plain.gz', 'utf-8')

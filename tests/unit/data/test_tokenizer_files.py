@@ -156,6 +156,7 @@ def test_open_tokenizer_notices_a_changed_byte_in_a_checkpoint(tmp_path):
     ('t.txt', b'{"version": "1.0",\n "added_tokens": [],', 'rename it to .json'),
     ('merges.txt', '\u0120 t\n\u0120 a\nh e\ni n\nr e\no n\n\u0120t he\ner'.encode(), "except GPT-2's own"),
     ('story.txt', b'', 'it is empty'),
+    ('story.txt', 'Once'.encode('utf-16-le'), 'it has a byte 0'),
     ('story.txt', b'PK\x03\x04', 'a zip archive'),
     ('story.txt', 'a\nZürich'.encode('latin-1'), r'line 2: byte 0xfc \(at offset 3\) is not utf-8: convert'),
     ('story.txt', 'Zürich'.encode('utf-16'), 'byte 0xff .* is not utf-8: convert it with iconv'),
