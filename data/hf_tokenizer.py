@@ -27,7 +27,9 @@ BYTE_PIECE = re.compile('<0x[0-9A-F]{2}>')
 MAX_PIECE = 256  # characters: splitting longer ones at each place would take long
 LAST = 10**9  # the rank of a piece that nothing is merged to
 BEGINNING = 100_000  # characters that show what a text is
-MERGES_LINES = 100  # so many lines of pairs are no poem, but a list of merges
+MERGES_LINES = 5  # so many lines that only merge what lines before have made are no poem
+# They are alone on a line in vocabularies only
+SPECIAL_PIECES = {'<unk>', '<UNK>', '[UNK]', '<|unk|>', '<pad>', '<PAD>', '[PAD]', '<|pad|>'}
 
 # The three ways in which files of Llama's kind put a space before a text and write spaces
 PREPEND_MARK = [{'type': 'Prepend', 'prepend': SPACE_MARK},
@@ -306,10 +308,10 @@ def gpt2_data(tokens):
 def is_merges(text):
     """Return whether a text begins like a list of merges, such as GPT-2's merges.txt.
 
-    Each line has two pieces, and a piece of several characters was made by a line before it. (Not quite all:
-    a file that lacks a line is a damaged list of merges rather than a text.)
+    Each line has two pieces, a piece of several characters was made by a line before it, and no line comes
+    twice. (Not quite all: a file that lacks a line is a damaged list of merges rather than a text.)
     """
-    lines = text[:BEGINNING].splitlines()[:MERGES_LINES]
+    lines = first_lines(text)
     if lines and '#version:' in lines[0]:
         return True
     made = set()
@@ -318,11 +320,38 @@ def is_merges(text):
         parts = line.split(' ')
         if len(parts) != 2:
             return False
-        n_merges += all(len(part) == 1 or part in made for part in parts)
-        made.add(''.join(parts))
-    return n_merges > 0.9 * MERGES_LINES
+        n_merges += line not in made and all(len(part) == 1 or part in made for part in parts)
+        made.update([line, ''.join(parts)])
+    return len(lines) >= MERGES_LINES and n_merges > 0.9 * len(lines)
 
 
-def is_wordpiece(text):
-    """Return whether a text begins like BERT's vocab.txt, a list of pieces with some special ones."""
-    return {'[UNK]', '[CLS]'} <= set(text[:BEGINNING].splitlines())
+def first_lines(text):
+    """Return the first whole lines of a text, at most 100."""
+    lines = text[:BEGINNING].splitlines(keepends=True)
+    if lines and not lines[-1].endswith(('\n', '\r')):
+        lines.pop()  # it may be cut
+    return [line.rstrip('\r\n') for line in lines[:100]]
+
+
+def describe_vocabulary(text):
+    """Return what a text begins like if it is a vocabulary, '' for any other text.
+
+    Nearly each line has one piece, and maybe a number. A text may be so, too, but has no special piece.
+    """
+    lines = first_lines(text)
+    pieces = {line.partition('\t')[0] for line in text[:BEGINNING].splitlines()}
+    if pieces & SPECIAL_PIECES:
+        if most_match(r'\S+', lines):
+            return "a vocabulary, such as BERT's vocab.txt"
+        if most_match(r'\S+\t-?\d+(\.\d+)?(e-?\d+)?', lines):
+            return "sentencepiece's list of pieces: name its .model"
+    if most_match(r'[A-Za-z0-9+/]+={1,2} \d+', lines):  # single bytes in base64 come first
+        return 'a vocabulary of tiktoken: rename it to .tiktoken'
+    if text.lstrip().startswith('{') and re.search('"(added_tokens|merges)": *\\[', text[:BEGINNING]):
+        return 'a tokenizer.json: rename it to .json'
+    return ''
+
+
+def most_match(pattern, lines):
+    """Return whether more than nine of ten lines match a pattern as a whole."""
+    return sum(1 for line in lines if re.fullmatch(pattern, line)) > 0.9 * len(lines)

@@ -5,6 +5,8 @@ A reader is given a path, never a pattern, and opens it itself. In memory are on
 
 import codecs
 import collections
+import contextlib
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from pathlib import Path
 from configurator import SettingError, UserError, script_path
 from data.files import refuse_stand_in
 from data.story_tables import read_csv, read_json, read_parquet, read_tsv
-from data.text_encoding import CHUNK, check_encoding, describe_undecodable, open_text
+from data.text_encoding import CHUNK, check_encoding, check_text, describe_undecodable, open_text
 
 DELIMITER = '<|endoftext|>'  # between two stories of a .txt
 WHAT_WE_READ = ('stories come as .txt, .jsonl, .json, .csv, .tsv (each also as .gz), .parquet, a folder of '
@@ -39,12 +41,12 @@ def story_format(column, encoding, separator):
     check_encoding(encoding)
     if not separator:
         raise SettingError('separator is empty: without --separator it is ' + DELIMITER)
-    return Format(column, encoding, re.sub(r'\\[nrt\\]', unescape, separator))
+    return Format(column, encoding, re.sub(r'\\[nrtf\\]', unescape, separator))
 
 
 def unescape(typed):
-    """Return the character that a match of \\n, \\r, \\t or \\\\ stands for."""
-    return {'n': '\n', 'r': '\r', 't': '\t', '\\': '\\'}[typed[0][1]]
+    """Return the character that a match of \\n, \\r, \\t, \\f or \\\\ stands for."""
+    return {'n': '\n', 'r': '\r', 't': '\t', 'f': '\f', '\\': '\\'}[typed[0][1]]
 
 
 def check_format(how, kinds, source):
@@ -161,29 +163,51 @@ def read_txt(path, how):
     """Yield the parts of a .txt between separators; line breaks after the last one are no part.
 
     Example: 'One.\\n<|endoftext|>\\nTwo.' has the parts 'One.\\n' and '\\nTwo.'.
-    A file without a separator is one part, an empty file none.
+    A file without a separator is one part, an empty file none. A separator that is a line of its own, such as
+    '\\n---\\n', may be the first or last line, too.
     """
     split = separator_pattern(how.separator).split
-    rest = ''  # the beginning of a story that is not complete yet
+    before, after = line_breaks_around(how.separator)
+    rest = before  # the beginning of a story that is not complete yet
     is_separated = False
+    is_empty = True
     with open_text(path, how.encoding) as file:
         while True:
             # read twice as much if a story is long, so that it is searched for separators only a few times
             chunk = file.read(max(CHUNK, len(rest)))
             if not chunk:
                 break
+            is_empty = False
+            check_text(chunk, path)
             *complete, rest = split(rest + chunk)
             yield from complete
             is_separated = is_separated or len(complete) > 0
+    if is_empty:
+        return
+    *complete, rest = split(rest + after)
+    yield from complete
+    is_separated = is_separated or len(complete) > 0
     if rest.strip('\r\n') or (rest and not is_separated):
         yield rest
 
 
 def separator_pattern(separator):
     """Return the compiled pattern of a separator; its line breaks may be those of Windows."""
-    pattern = re.escape(separator).replace('\\\n', '\r?\n')
+    _, after = line_breaks_around(separator)
+    pattern = re.escape(separator.removesuffix(after)).replace('\\\n', '\r?\n')
+    if after:  # it may also be the line break before the next separator
+        pattern += '(?=' + '\r?\n' * len(after) + ')'
     # a \r before the first one is left to the story, whose line breaks at the ends do not count
     return re.compile(pattern.removeprefix('\r?'))
+
+
+def line_breaks_around(separator):
+    """Return the line breaks before and after a separator that is a line of its own, '' and '' for others.
+
+    Put at the ends of a text, they let its first and last line be separators.
+    """
+    found = re.fullmatch(r'(\n+)[^\n].*?(\n+)', separator, re.DOTALL)
+    return found.groups() if found else ('', '')
 
 
 READERS = {'.txt': read_txt, '.jsonl': read_json, '.json': read_json, '.csv': read_csv, '.tsv': read_tsv,
@@ -192,16 +216,17 @@ READERS = {'.txt': read_txt, '.jsonl': read_json, '.json': read_json, '.csv': re
 
 # texts without the separator ------------------------------------------------------
 
-# What other projects put between two stories: <|end_of_text|>, </s>, [EOS], a line of dashes
+# What other projects put between two stories: <|end_of_text|>, </s>, [EOS], a line of --- or * * *, \f
 MARKS = (r'<(?:\|\w{1,30}\|>|/?(?:s|eos|EOS|end|END|sep|SEP)>)', r'\[(?:EOS|END|SEP)\]',
-         r'\n[-*=#~_+]{3,}\r?\n')
+         r'\n[-*=#~_+](?: ?[-*=#~_+]){2,}(?=\r?\n)', r'\f')
 
 
 def read_document(path, how):
     """Return the text of a .txt that has no separator, or None if it has one."""
     with open_text(path, how.encoding) as file:
         text = file.read()
-    if separator_pattern(how.separator).search(text):
+    before, after = line_breaks_around(how.separator)
+    if separator_pattern(how.separator).search(before + text + after):
         return None
     return text
 
@@ -235,12 +260,23 @@ def describe_document(path, text, how, is_alone):
 
     is_alone: whether it is all there is. Only then line breaks may be between stories, and not just in them.
     """
+    if is_json_lines(text):
+        return f'{path} is one document without {how.separator!r}, and holds JSON lines: rename it to .jsonl'
     separator, n = guess_separator(text)
-    if not separator or (separator.isspace() and not is_alone):
+    if not separator or (separator in ('\n', '\n\n') and not is_alone):
         return ''
-    found = {'\n': 'line breaks', '\n\n': 'blank lines'}.get(separator, separator.strip())
+    found = {'\n': 'line breaks', '\n\n': 'blank lines', '\f': 'form feeds'}.get(separator, separator.strip())
+    typed = repr(separator).replace('\\x0c', '\\f')
     return (f'{path} has no {how.separator!r}, so it is one document; it has {found} ({n:,}): '
-            f'type --separator {separator!r} if they are between stories')
+            f'type --separator {typed} if they are between stories')
+
+
+def is_json_lines(text):
+    """Return whether a text begins with a line that is a JSON object."""
+    line, _, _ = text.lstrip().partition('\n')
+    with contextlib.suppress(ValueError, RecursionError):
+        return line.startswith('{') and isinstance(json.loads(line), dict)
+    return False
 
 
 def guess_separator(text):
@@ -250,15 +286,19 @@ def guess_separator(text):
     """
     marks = collections.Counter()
     for pattern in MARKS:
-        marks.update(found[0].replace('\r', '') for found in re.finditer(pattern, text))
+        for found in re.finditer(pattern, '\n' + text + '\n'):
+            mark = found[0]
+            marks[mark + '\n' if mark.startswith('\n') else mark] += 1
     if marks:
         most = max(marks.values())
         frequent = [mark for mark in marks if marks[mark] == most]
         ends = [mark for mark in frequent if re.search('/|end|eo', mark.lower())]  # </s> rather than <s>
         return (ends or frequent)[0], most
     text = text.strip('\r\n')
-    for separator in '\n\n', '\n':
-        n = sum(1 for _ in separator_pattern(separator).finditer(text))
-        if n:
-            return separator, n
+    blank_lines = len(separator_pattern('\n\n').findall(text))
+    if blank_lines > 2:
+        return '\n\n', blank_lines
+    line_breaks = len(separator_pattern('\n').findall(text))
+    if line_breaks > 4 * blank_lines:  # one or two blank lines are in a story, or by mistake
+        return '\n', line_breaks
     return '', 0

@@ -7,11 +7,13 @@ of a file, piece by piece, and takes a path for a pattern (s[1].jsonl means s1.j
 
 import contextlib
 import csv
+import itertools
 import json
 import re
+from pathlib import Path
 
 from configurator import UserError
-from data.text_encoding import CHUNK, open_text
+from data.text_encoding import CHUNK, check_text, open_text
 
 ROWS = 200  # in a batch of an Arrow table
 
@@ -27,8 +29,13 @@ def choose_column(names, column, where):
             raise UserError(f'{where} has {names.count(name)} columns {name!r}: rename one')
         if name in names:
             return name
-    raise UserError(f"{where} has no column {' or '.join(wanted)}: type --text_column and one of "
-                    + ', '.join(names)[:200])
+    message = f"{where} has no column {' or '.join(wanted)}"
+    advice = 'type --text_column and one of ' + ', '.join(names)[:200]
+    if Path(where).is_file():
+        advice += ', or move the file out of the folder if it holds no stories'
+    if str(where).lower().removesuffix('.gz').endswith(('.csv', '.tsv')):
+        message += ' in its first line, which must name the columns'
+    raise UserError(f'{message}: {advice}')
 
 
 def read_json(path, how):
@@ -39,6 +46,8 @@ def read_json(path, how):
     wanted = [how.column] if how.column else ['text', 'story']
     column = None  # not known yet
     names = []  # the columns of the rows before
+    number = 0
+    lists = []  # the columns of the first row that hold rows themselves
     with open_text(path, how.encoding) as file:
         for number, row in enumerate(json_rows(file, path), 1):
             if isinstance(row, str):
@@ -50,17 +59,34 @@ def read_json(path, how):
                 found = [name for name in wanted if name in row]
                 if found and column:
                     raise UserError(f'{path}, row {number} has {found[0]!r} and no {column!r}, unlike rows '
-                                    f'before: type --text_column {column} or --text_column {found[0]}')
+                                    f'before: give both the name {column!r}, or type --text_column {column} '
+                                    'to leave such rows out')
                 if found:
                     column = found[0]
-                elif not column and len(names) < 100:
+                elif number == 1:
+                    lists = lists_of_rows(row)
+                if not column and len(names) < 100:
                     names += [name for name in row if name not in names]
             story = row.get(column)
             if story is not None:
                 check_json_text(story, column, path, number)
             yield story
+    if number == 1 and lists and not column:
+        raise UserError(f"{path} is an object, and a list of rows is expected, which is under "
+                        f"{' and '.join(map(repr, lists))[:200]}: write each list to its own file")
     if names and not column:
         choose_column(names, how.column, path)
+
+
+def lists_of_rows(row):
+    """Return the columns of a JSON row that hold lists of rows, such as train of {"train": [{"text": "a"}]}.
+
+    A list of strings counts if there is nothing else: in {"title": "a", "tags": ["b"]} it is no list of rows.
+    """
+    lists = {name: value for name, value in row.items() if isinstance(value, list) and value}
+    if len(lists) == len(row):
+        return list(lists)
+    return [name for name, value in lists.items() if isinstance(value[0], dict)]
 
 
 def check_json_text(story, column, path, number):
@@ -139,20 +165,90 @@ def read_csv(path, how):
 
 
 def read_tsv(path, how):
-    """Yield the stories of a .tsv."""
-    return rows_of_csv(path, how, '\t')
+    """Yield the stories of a .tsv, which is written plainly or with quotes.
+
+    Most are plain: a line is a row, and a quote is a character of the text. pandas and Excel put quotes
+    around a value with a tab, a quote or a line break, and double the quotes in it, as in a .csv. If only one
+    of the two readings gives rows with the columns of the first line, it is meant. If both do and differ, the
+    quotes are meant if every value that begins with one has doubled ones, as no plain text would.
+    Raises UserError with the line of the first such value if that is not so.
+    """
+    line, is_doubled = find_quotes(path, how)
+    if not line:
+        yield from rows_of_csv(path, how, '\t', csv.QUOTE_NONE)
+        return
+    plain_problem = find_problem(rows_of_csv(path, how, '\t', csv.QUOTE_NONE))
+    quoted_problem = find_problem(rows_of_csv(path, how, '\t'))
+    if plain_problem and quoted_problem:
+        if plain_problem == quoted_problem:
+            raise UserError(plain_problem)
+        raise UserError(f'{plain_problem}; nor can quotes stand around values: {quoted_problem}')
+    if plain_problem:
+        yield from rows_of_csv(path, how, '\t')
+        return
+    if not quoted_problem and find_difference(path, how):
+        if not is_doubled:
+            raise UserError(f'{path}, line {line}: a value begins with a quote, which may be text or stand '
+                            'around the value: if it stands around it, rename the file to .csv, else write '
+                            'the stories as .jsonl')
+        yield from rows_of_csv(path, how, '\t')
+        return
+    yield from rows_of_csv(path, how, '\t', csv.QUOTE_NONE)
 
 
-def rows_of_csv(path, how, separator):
+def find_quotes(path, how):
+    """Return (line of the first value in a .tsv that begins with a quote, 0 if there is none; is_doubled).
+
+    is_doubled: whether all such values are in quotes and have doubled ones, each on its line.
+    """
+    first = 0
+    with open_text(path, how.encoding) as file:
+        for number, line in enumerate(file, 1):
+            if '"' not in line:
+                continue
+            for value in line.rstrip('\r\n').split('\t'):
+                if value.startswith('"'):
+                    first = first or number
+                    if not has_doubled_quotes(value):
+                        return first, False
+    return first, True
+
+
+def has_doubled_quotes(value):
+    """Return whether a value is in quotes and has doubled ones and no others, such as '"Say ""yes""."'."""
+    inner = value[1:-1]
+    return len(value) > 1 and value.endswith('"') and '""' in inner and '"' not in inner.replace('""', '')
+
+
+def find_problem(stories):
+    """Read an iterator of stories to its end. Return the message if that fails, or ''."""
+    try:
+        for _ in stories:
+            pass
+    except UserError as error:
+        return str(error)
+    return ''
+
+
+def find_difference(path, how):
+    """Return whether the two readings of a .tsv give different stories."""
+    plain = rows_of_csv(path, how, '\t', csv.QUOTE_NONE)
+    quoted = rows_of_csv(path, how, '\t')
+    return any(story != other for story, other in itertools.zip_longest(plain, quoted))
+
+
+def rows_of_csv(path, how, separator, quoting=csv.QUOTE_MINIMAL):
     """Yield the stories of a .csv whose columns are separated by `separator`. Empty lines are skipped.
 
     Raises UserError with the number of the line if a row has other columns than the first line.
     """
     csv.field_size_limit(2**31 - 1)
     with open_text(path, how.encoding) as file:
-        reader = csv.reader(file, delimiter=separator, strict=True)
+        reader = csv.reader(file, delimiter=separator, quoting=quoting, strict=True)
         try:
             header = next_row(reader)
+            if SEPARATOR_LINE.fullmatch(separator.join(header)):
+                header = next_row(reader)
             place = None  # of the story in a row; without any row, it does not matter
             for row in reader:
                 if not row:
@@ -162,12 +258,19 @@ def rows_of_csv(path, how, separator):
                 # programs leave out empty cells at the end of a row, but only there
                 if len(row) > len(header) or len(row) <= place:
                     raise UserError(f'{path}, line {reader.line_num}: columns: {len(row)}, and {len(header)} '
-                                    f'in the first line: put quotes around text that contains {separator!r} '
-                                    'or line breaks')
+                                    'in the first line: put quotes around text that contains '
+                                    f'{SEPARATORS.get(separator, repr(separator))} or line breaks')
+                check_text(row[place], path)
                 yield row[place]
         except csv.Error as error:
-            raise UserError(f'{path}, line {reader.line_num}: {error} (quotes within quotes are doubled: '
+            problem = str(error).replace("'\t'", SEPARATORS['\t'])
+            raise UserError(f'{path}, line {reader.line_num}: {problem} (quotes within quotes are doubled: '
                             '"He said ""yes"".")') from error
+
+
+# What may be between columns, and its name in messages
+SEPARATORS = {',': "','", ';': "';'", '\t': 'a tab', '|': "'|'"}
+SEPARATOR_LINE = re.compile('sep=(.)')  # what a .csv of Excel may begin with
 
 
 def next_row(reader):
@@ -185,17 +288,27 @@ def find_separator(path, how):
     """
     wanted = {how.column} if how.column else {'text', 'story'}
     found = {}  # {separator: number of columns}
-    for separator in ',;\t|':
+    others = {',': 1}  # where the first line does not name it
+    for separator in SEPARATORS:
         with open_text(path, how.encoding) as file, contextlib.suppress(csv.Error):
             header = next_row(csv.reader(file, delimiter=separator, strict=True))
+            given = SEPARATOR_LINE.fullmatch(separator.join(header))
+            if given:
+                return given[1]
             if wanted & set(header):
                 found[separator] = len(header)
+            else:
+                others[separator] = len(header)
     several = [separator for separator, n_columns in found.items() if n_columns > 1]
     if len(several) > 1:
+        names = [SEPARATORS[separator] for separator in several]
         raise UserError(f'the first line of {path} can be read in {len(several)} ways, with '
-                        f'{" or ".join(map(repr, several))} between columns: '
-                        'put quotes around names that contain one')
-    return several[0] if several else ','
+                        f'{" or ".join(names)} between columns: put quotes around names that contain one')
+    if several:
+        return several[0]
+    if found:
+        return ','
+    return max(others, key=others.get)  # so that the message lists the columns that there are
 
 
 def read_parquet(path, how):

@@ -17,16 +17,69 @@ BYTE_ORDER_MARKS = {
     codecs.BOM_UTF16_BE: 'utf-16',
 }
 
+# Python calls these encodings, and files are not written in them
+NOT_OF_FILES = 'idna', 'punycode', 'undefined', 'raw_unicode_escape', 'unicode_escape'
+
+# How files begin that are no text: {first bytes: (what it is, what to do)}
+ARCHIVE = 'unpack it first'
+CONVERT = 'save its text as .txt'
+BINARY_FILES = {
+    b'\x1f\x8b': ('gzip', 'unpack it with gzip -dc'),
+    b'PK\x03\x04': ('a zip archive (or .docx, .xlsx, .epub)', 'unpack it, or save its text as .txt'),
+    b'PK\x05\x06': ('an empty zip archive', 'remove it'),
+    b'\x28\xb5\x2f\xfd': ('zstd', 'unpack it with zstd -dc'),
+    b'\xfd7zXZ\x00': ('xz', 'unpack it with xz -dc'),
+    b'BZh91AY&SY': ('bzip2', 'unpack it with bzip2 -dc'),
+    b'\x04\x22\x4d\x18': ('lz4', 'unpack it with lz4 -dc'),
+    b'7z\xbc\xaf\x27\x1c': ('a 7z archive', ARCHIVE),
+    b'Rar!\x1a\x07': ('a rar archive', ARCHIVE),
+    b'PAR1': ('Parquet', 'rename it to .parquet'),
+    b'ARROW1': ('Arrow', 'write it as .parquet'),  # alone; what save_to_disk writes begins as the next one
+    b'\xff\xff\xff\xff': ('Arrow', 'name the folder that save_to_disk wrote, or write it as .parquet'),
+    b'SQLite format 3\x00': ('an SQLite database', 'export its stories as .csv or .jsonl'),
+    b'%PDF-': ('a PDF', CONVERT),
+    b'\xd0\xcf\x11\xe0': ('a document of Word or Excel', CONVERT),
+    b'{\\rtf': ('RTF', CONVERT),
+    b'\x89PNG': ('a PNG picture', 'move it out of the source'),
+    b'\xff\xd8\xff': ('a JPEG picture', 'move it out of the source'),
+    b'GIF8': ('a GIF picture', 'move it out of the source'),
+    b'\x93NUMPY': ('a NumPy array', 'write its stories as .jsonl'),
+    b'\x80\x04\x95': ('a pickle', 'write its stories as .jsonl'),
+}
+
 
 def check_encoding(name):
     """Raise SettingError if Python does not know a text encoding of this name."""
     try:
         b'a'.decode(name)
-    except LookupError as error:
-        raise SettingError(f'text_encoding {name!r} is not known: try utf-8, utf-16, cp1252 (Windows in the '
-                           'West), or another name in the list "standard encodings" of Python') from error
+        is_known = True
     except UnicodeError:
-        pass  # the encoding is known; in utf-16, one byte is not a text
+        is_known = True  # in utf-16, one byte is not a text
+    except LookupError:
+        is_known = False
+    if not is_known or codecs.lookup(name).name.replace('-', '_') in NOT_OF_FILES:
+        raise SettingError(f'text_encoding {name!r} is not known as one of text files: try utf-8, utf-16, '
+                           'cp1252 (Windows in the West), or another name in the list "standard encodings" '
+                           'of Python')
+
+
+def refuse_binary(path):
+    """Raise UserError if the first bytes of a file, or of what a .gz holds, show that it is no text."""
+    try:
+        with open_bytes(path) as file:
+            start = file.read(20)
+    except gzip.BadGzipFile as error:
+        raise UserError(f'{path} is not gzip, as its name says: take .gz off its name') from error
+    for beginning, (what, advice) in BINARY_FILES.items():
+        if start.startswith(beginning):
+            raise UserError(f'{path} is not a text file but {what}: {advice}')
+
+
+def check_text(text, path):
+    """Raise UserError if `text` of a file has a NUL, which is in no text file."""
+    if '\0' in text:
+        raise UserError(f'{path} is not a text file: it has a byte 0 (if it is utf-16, type --text_encoding '
+                        'utf-16-le or utf-16-be)')
 
 
 def open_bytes(path):
@@ -42,8 +95,9 @@ def open_text(path, encoding):
 
 def codec_of(path, encoding):
     """Return the codec that reads a text file. Raises UserError if its first bytes show another encoding."""
+    refuse_binary(path)
     with open_bytes(path) as file:
-        start = file.read(100)
+        start = file.read(1000)
     given = codecs.lookup(encoding).name
     for mark, codec in BYTE_ORDER_MARKS.items():
         if start.startswith(mark):
@@ -60,12 +114,19 @@ def codec_of(path, encoding):
             order = 'le' if odd > even else 'be'
             raise UserError(f'{path} looks like utf-16 (every second byte is 0), not {encoding}: '
                             f'type --text_encoding utf-16-{order}')
+        check_text(start.decode('latin-1'), path)
     return encoding
 
 
 def describe_undecodable(path, encoding):
     """Return a message that names the first byte of a file that is not text in this encoding."""
-    decoder = codecs.getincrementaldecoder(codec_of(path, encoding))()
+    return (find_undecodable(path, encoding, codec_of(path, encoding))
+            + ': correct the file, or type --text_encoding and its encoding, such as cp1252')
+
+
+def find_undecodable(path, encoding, codec):
+    """Return a line without advice that names the first byte of a file that a codec cannot read."""
+    decoder = codecs.getincrementaldecoder(codec)()
     line = 1
     n_bytes = 0
     with open_bytes(path) as file:
@@ -79,6 +140,5 @@ def describe_undecodable(path, encoding):
             line += error.object[:error.start].decode(error.encoding, 'replace').count('\n')
             offset = n_bytes - len(error.object) + error.start
             value = error.object[error.start]
-            return (f'{path}, line {line}: byte 0x{value:02x} (at offset {offset:,}) is not {encoding}: '
-                    'correct the file, or type --text_encoding and its encoding, such as cp1252')
-    return f'{path} is not {encoding}: type --text_encoding and its encoding, such as cp1252'
+            return f'{path}, line {line}: byte 0x{value:02x} (at offset {offset:,}) is not {encoding}'
+    return f'{path} is not {encoding}'

@@ -20,15 +20,16 @@ from data.files import check_stored, refuse_stand_in
 from data.hf_tokenizer import (
     GPT2_HELP,
     check_model_type,
+    describe_vocabulary,
     gpt2_of_merges,
     gpt2_of_tokenizer_json,
     gpt2_of_vocabulary,
     is_byte_level,
     is_merges,
-    is_wordpiece,
     llama_pieces,
 )
 from data.sentencepiece_file import BYTE, CONTROL, NORMAL, UNKNOWN, check_encoding, sentencepiece_model
+from data.text_encoding import find_undecodable, refuse_binary
 from data.tokenizer import (
     FILE_NAMES,
     MAX_IDS,
@@ -136,15 +137,29 @@ def read_tokenizer(path):
 
 
 def read_text(path):
-    """Return the tokenizer of a .txt, UTF-8: of its merges, if it is a list of them, or of its characters."""
+    """Return the tokenizer of a .txt, UTF-8: of its merges, if it is a list of them, or of its characters.
+
+    Raises ValueError if it is empty or a vocabulary of another kind, UserError if it is no text in UTF-8.
+    """
     refuse_stand_in(path)
-    with open(path, encoding='utf-8', newline='') as file:
-        start = file.read(TEXT_CHUNK)
-        if is_merges(start):
-            return gpt2_of_merges(start)
-        if is_wordpiece(start):
-            raise ValueError("it is a vocabulary of BERT's kind")
-        return CharTokenizer.train(chunks(start, file))
+    refuse_binary(path)
+    try:
+        with open(path, encoding='utf-8', newline='') as file:
+            start = file.read(TEXT_CHUNK)
+            content = start.removeprefix('\ufeff')  # the mark of UTF-8 is no part of a list
+            if not content:
+                raise ValueError('it is empty')
+            if '\0' in content:
+                raise ValueError('it has a byte 0, so it is no text in UTF-8')
+            if is_merges(content):
+                return gpt2_of_merges(content)
+            what = describe_vocabulary(content)
+            if what:
+                raise ValueError(f'it looks like {what}')
+            return CharTokenizer.train(chunks(start, file))
+    except UnicodeDecodeError as error:
+        raise UserError(find_undecodable(path, 'utf-8', 'utf-8') + ': convert it with iconv -t utf-8 -f '
+                        'and its encoding, such as cp1252') from error
 
 
 def chunks(start, file):

@@ -8,7 +8,8 @@ from functools import cache
 import pytest
 
 from configurator import UserError
-from data.hf_tokenizer import is_merges
+from data.hf_tokenizer import describe_vocabulary, is_merges
+from data.tiny_stories import sample_stories
 from data.tokenizer_files import open_tokenizer, read_tokenizer
 from formats.pieces import merges_of, pieces_of
 from tests.helpers.tokenizers import BUILT_IN_STORIES, NASTY, gpt2_file, needs_gpt2, trained_tokenizer
@@ -190,12 +191,13 @@ def gpt2_files():
     tokens = trained_tokenizer('gpt2').files['tokenizer.tiktoken'].decode()
     return {'gpt2-vocab.json': vocab, 'tokenizer.json': tokenizer, 'vocab.bpe': merges,
             'gpt2_merges.txt': merges.replace('\n', '\r\n'), 'no-header.txt': merges.split('\n', 1)[1],
+            'mark.txt': '\ufeff' + merges,
             'tokenizer.model': tokens}
 
 
 @needs_gpt2
 @pytest.mark.parametrize('name', ['gpt2-vocab.json', 'tokenizer.json', 'vocab.bpe', 'gpt2_merges.txt',
-                                  'no-header.txt', 'tokenizer.model'])
+                                  'no-header.txt', 'mark.txt', 'tokenizer.model'])
 def test_gpt2_is_known_by_its_content(tmp_path, name):
     (tmp_path / name).write_bytes(gpt2_files()[name].encode())
     assert read_tokenizer(tmp_path / name).state() == trained_tokenizer('gpt2').state()
@@ -223,7 +225,20 @@ def test_changed_files_of_gpt2_are_refused(tmp_path, name, old, new):
 
 
 @pytest.mark.parametrize('text, answer', [
-    ('#version: 0.2\na b', True), ('', False), ('Once upon\na time\n' * 100, False), ('a b\n' * 80, False),
-    ('a b\nab c\n' * 50, True), ('a b\n' * 99 + 'the end', True), ('a b\n' * 99 + 'a b c', False)])
-def test_is_merges_needs_a_header_or_a_hundred_pairs(text, answer):
+    ('#version: 0.2\na b\n', True), ('', False), ('Once upon\na time\n' * 100, False), ('a b\n' * 200, False),
+    ('a b\nab c\nc c\nabc cc\nd d\n', True), ('a b\nab c\nc c\nabc cc\nd d\nd', True),
+    ('a b\nab c\nc c\nab d\nde d\n', False), ('a b\nab c\n', False),
+    ('a b\nab c\nc c\nabc cc\nd d e\n', False)])
+def test_is_merges_needs_a_header_or_pairs_of_what_was_made(text, answer):
     assert is_merges(text) == answer
+
+
+@pytest.mark.parametrize('text', [
+    'Roses\nred\n\nviolets\nblue\n' * 9, 'The\nfox\n' * 60, 'Chapter 1\nOnce there was\nChapter 2\nHe ran.\n',
+    'ROMEO:\nBut soft!\n\nJULIET:\nO Romeo\n', 'An <unk> day\n<unk>\nwas the end of all\n', '1 2\n',
+    'Anna 1\nBert 2\nCleo 3\n',
+    'a\t1\nb\t2\nc\t3\n', 'x = {"merges": []}\n', '\n'.join(sample_stories.stories(100, 1)),
+    'if a:\n    b = 1\n', '{"text": "a"}\n', 'Once\nupon\na time', 'a\t1\n', ''])
+def test_describe_vocabulary_says_nothing_of_a_text(text):
+    assert describe_vocabulary(text) == ''
+    assert not is_merges(text)

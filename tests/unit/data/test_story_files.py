@@ -78,7 +78,11 @@ def test_read_stories_reports_a_file_that_cannot_be_read(tmp_path, monkeypatch):
     ('</s>', 'a</s>\nb<|endoftext|></s></s>c', ['a', '\nb<|endoftext|>', '', 'c']),
     (r'\n', 'a\r\nb\nc\rd\n', ['a\r', 'b', 'c\rd']),
     (r'\n\n', 'a\nb\n\nc\r\n\r\nd\r\n', ['a\nb', 'c\r', 'd\r\n']),
-    (r'\n---\n', 'a --- b\r\n---\r\nc', ['a --- b\r', 'c']),
+    (r'\n---\n', 'a --- b\r\n---\r\nc', ['\na --- b\r', '\r\nc\n']),
+    (r'\n---\n', '---\na\n---\n---\r\nb\n---', ['', '\na', '', '\r\nb']),
+    (r'\n---\n', '---', ['']), (r'\n---\n', '', []), (r'\n---\n', '----\na\n ---', ['\n----\na\n ---\n']),
+    (r'\n\n=\n\n', '=\n\na\n=\nb\n\n=\n\nc\n\n=', ['', '\n\na\n=\nb', '\n\nc']),
+    (r'\f', 'a\n\fb', ['a\n', 'b']),
     (r'\t\\n', 'a\t\\nb\\nc', ['a', 'b\\nc']),
     ('.*', 'a.*b', ['a', 'b']),
     ('<|endoftext|>', 'a\n', ['a\n']), ('<|endoftext|>', '\n', ['\n']), ('<|endoftext|>', '', [])])
@@ -93,24 +97,34 @@ def test_read_txt_divides_at_the_separator(tmp_path, monkeypatch, separator, tex
     ('a</s>b</s>', ('</s>', 2)), ('<s>a</s><s>b</s>', ('</s>', 2)),
     ('a<|end_of_text|>b\n\nc', ('<|end_of_text|>', 1)),
     ('<|im_start|>a<|im_end|>\n<|im_start|>b<|im_end|>', ('<|im_end|>', 2)), ('a [EOS] b', ('[EOS]', 1)),
-    ('a --- b\r\n---\r\nc\n----\nd\n---\ne', ('\n---\n', 2)), ('a\nb\n\nc\r\n\r\nd\n\n', ('\n\n', 2)),
+    ('a --- b\r\n---\r\nc\n----\nd\n---\ne', ('\n---\n', 2)), ('a\nb\n\nc\r\n\r\nd\n\n\ne', ('\n\n', 3)),
+    ('---\na\r\n---\r\nb\n---', ('\n---\n', 3)), ('a\n* * *\nb\n* * *', ('\n* * *\n', 2)),
+    ('a\fb', ('\f', 1)),
+    ('a\nb\n\nc\n\nd', ('', 0)), ('a\nb\nc\n\nd\ne\nf\n', ('\n', 6)),
     ('a\nb\nc\n', ('\n', 2)), ('a < b [1] c', ('', 0)), ('', ('', 0))])
 def test_guess_separator_finds_marks_then_blank_lines_then_lines(text, guess):
     assert guess_separator(text) == guess
 
 
 def test_describe_unseparated_says_what_to_type(tmp_path):
-    book = write(tmp_path / 'book.txt', 'To be\n\nor not\n\nto be')
+    book = write(tmp_path / 'book.txt', 'To be\n\nor not\n\nto be\n\nor so')
     marked = write(tmp_path / 'marked.txt', 'a</s>b\n\n')
     table = write(tmp_path / 's.jsonl')
     alone = describe_unseparated({book: 1}, Format())
-    assert alone == (f"{book} has no '<|endoftext|>', so it is one document; it has blank lines (2): "
+    assert alone == (f"{book} has no '<|endoftext|>', so it is one document; it has blank lines (3): "
                      r"type --separator '\n\n' if they are between stories")
     assert 'book.txt' in describe_unseparated({book: 1, table: 1}, Format())
     # blank lines are in the stories of a folder, and a mark is not
     assert describe_unseparated({book: 1, table: 9}, Format()) == ''
     assert re.search(r"marked\.txt .* </s> \(1\): type --separator '</s>'",
                      describe_unseparated({book: 1, marked: 1, table: 9}, Format()))
+    lines = write(tmp_path / 'lines.txt', '{"text": "a"}\n{"text": "b"}\n')
+    assert re.search(r'lines\.txt .* holds JSON lines: rename it to \.jsonl$',
+                     describe_unseparated({lines: 1, book: 1, table: 9}, Format()))
+    pages = write(tmp_path / 'pages.txt', 'a\f\nb')
+    assert r"form feeds (1): type --separator '\f'" in describe_unseparated({pages: 1}, Format())
+    dashes = write(tmp_path / 'dashes.txt', '---\na\n')
+    assert describe_unseparated({dashes: 1}, Format(separator='\n---\n')) == ''
     # without a single one that is divided, a given separator is wrong
     assert describe_unseparated({book: 1, marked: 2}, Format(separator='</s>')) == ''
     with pytest.raises(UserError, match=r"no \.txt of the source has the separator '='"):

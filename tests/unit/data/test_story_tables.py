@@ -1,5 +1,6 @@
 """Tables: one column of text, whatever the file looks like and whatever the other columns hold."""
 
+import csv
 import gzip
 import json
 import random
@@ -62,8 +63,11 @@ def test_read_json_is_the_same_however_much_is_read_at_a_time(tmp_path, monkeypa
     ('{"text": ["a", "b"]}', "row 1: 'text' is a list, not text$"),
     ('{"text": "a"}\n[]', 'row 2 is a list, not an object'),
     ('{"text": "a"}\n{"text": "\\ud83d"}', "row 2: 'text' has half of a surrogate pair"),
-    ('{"story": "a"}\n{"text": "b"}', "row 2 has 'text' and no 'story'.*--text_column story or --text_col"),
-    ('{"body": "a"}\n{"title": "b"}', 'no column text or story: type --text_column and one of body, title$'),
+    ('{"story": "a"}\n{"text": "b"}', "row 2 has 'text' and no 'story'.*: give both the name 'story', or "),
+    ('{"body": "a"}\n{"title": "b"}', 'no column text or story: .* one of body, title, or move the file out'),
+    ('{"title": "a", "license": "b", "tags": ["c"]}', 'no column .* one of title, license, tags, or move'),
+    ('{"v": 1, "data": [{"text": "a"}]}', "a list of rows .* is under 'data': write each list"),
+    ('{"train": ["a"], "validation": ["b"]}', "a list of rows .* under 'train' and 'validation'"),
     (b'{"text": "a"}\n{"text": "caf\xe9"}', r'line 2: byte 0xe9 \(at offset 27\) is not utf-8'),
     ('<!DOCTYPE html>', 'an HTML page')])
 def test_read_json_names_the_place_of_a_mistake(tmp_path, content, says):
@@ -81,7 +85,8 @@ def test_read_json_names_the_place_of_a_mistake(tmp_path, content, says):
     ('s.csv', 'text\na; b\tc\n', ['a; b\tc']),
     ('s.csv', 'text,note\na\nb,c\n', ['a', 'b']),  # empty cells at the end may be left out
     ('s.tsv', 'n\ttext\n1\ta,b;c\n', ['a,b;c']),
-    ('s.tsv.gz', 'n\ttext\n1\t"a\tb"\n', ['a\tb']),
+    ('s.csv', 'sep=;\r\nid;text\r\n1;"a;b"\r\n', ['a;b']),
+    ('s.csv', 'sep=,\ntext\na\n', ['a']),
     ('s.csv', 'id,body\n', []), ('s.csv', '', []), ('s.csv', '\n\n', [])])
 def test_read_csv_takes_every_value_as_text(tmp_path, name, content, stories):
     assert read(tmp_path / name, content) == stories
@@ -94,11 +99,48 @@ def test_read_csv_takes_every_value_as_text(tmp_path, name, content, stories):
     ('id,text\n1,"a\n2,b\n', r's\.csv, line 3: .*unexpected end'),
     ('text;a,story\n1;2,3\n', r"s\.csv can be read in 2 ways, with ',' or ';'"),
     ('text,text\n1,2\n', r"s\.csv has 2 columns 'text'"),
-    ('id;body\n1;a\n', r's\.csv has no column text or story: .* one of id;body$'),
+    ('id;body\n1;a\n', r's\.csv has no column text or story in its first line, .* one of id, body, or'),
+    ('Once there was a fox.\nHe ran, and ran.\n', r's\.csv .* first line, which must name the columns'),
+    ('text\tn\nOnce\ttwice\t3\n', 'put quotes around text that contains a tab or'),
+    ('text\na\0b\n', r's\.csv is not a text file'),
     (b'id,text\n1,caf\xe9\n', r's\.csv, line 2: byte 0xe9 \(at offset 13\)')])
 def test_read_csv_names_the_place_of_a_mistake(tmp_path, content, says):
     with pytest.raises(UserError, match=says):
         read(tmp_path / 's.csv', content)
+
+
+@pytest.mark.parametrize('rows, stories', [
+    (['"Hello" said Tom', '"Go.', 'He "ran".', 'The end."'],) * 2,
+    (['"Go.', '"He ran."', 'Hm" "'],) * 2,
+    (['"a\tb"', '"Yes."'], ['a\tb', 'Yes.']),
+    (['"Once.\n\nThen ""he"" ran."', 'b'], ['Once.\n\nThen "he" ran.', 'b']),
+    (['"""Go,"" he said."', 'b "c" d'], ['"Go," he said.', 'b "c" d']),
+    ([], [])])
+def test_read_tsv_finds_out_whether_quotes_are_text(tmp_path, rows, stories):
+    content = 'title\ttext\n' + ''.join(f'T\t{row}\n' for row in rows)
+    for name in 's.tsv', 's.tsv.gz':
+        assert read(tmp_path / name, content) == stories
+
+
+def test_read_tsv_reads_what_pandas_and_others_write(tmp_path):
+    rng = random.Random(0)
+    stories = [''.join(rng.choices('ab "\t\n,\'', k=9)) for _ in range(200)]
+    for quoting in csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC:
+        with open(tmp_path / 's.tsv', 'w', newline='', encoding='utf-8') as file:
+            rows = [(i, story) for i, story in enumerate(stories)]
+            csv.writer(file, delimiter='\t', quoting=quoting).writerows([('n', 'text'), *rows])
+        assert list(read_stories(tmp_path / 's.tsv', Format())) == stories
+
+
+@pytest.mark.parametrize('content, says', [
+    ('id\ttext\n1\t"Go.\n2\tHe ran.\n3\tThe end."\n4\tMore\n', r's\.tsv, line 2: .* text or stand around'),
+    ('id\ttext\n1\ta\n2\t"Go."\n', r's\.tsv, line 3: .* rename the file to \.csv, else .* \.jsonl'),
+    ('id\ttext\n1\ta\tb\n', 'line 2: columns: 3, and 2 in the first line: .* contains a tab or line breaks'),
+    ('id\ttext\n1\t"a" b\n2\ta\tb\n', 'line 3: columns: 3.*; nor can quotes .* line 2: a tab expected'),
+    ('id\tbody\n1\t"a"\n', 'has no column text or story in its first line, .* one of id, body, or move')])
+def test_read_tsv_refuses_what_can_be_read_in_two_ways_or_none(tmp_path, content, says):
+    with pytest.raises(UserError, match=says):
+        read(tmp_path / 's.tsv', content)
 
 
 def test_read_csv_finds_a_named_column_with_any_separator(tmp_path):

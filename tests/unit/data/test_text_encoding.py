@@ -1,6 +1,8 @@
 """Text files: every encoding, with and without a byte order mark, and what is said about another one."""
 
+import bz2
 import gzip
+import lzma
 
 import pytest
 
@@ -50,9 +52,28 @@ def test_describe_undecodable_names_the_place(tmp_path, data, encoding, line, by
         assert place in message and 'type --text_encoding' in message
 
 
-@pytest.mark.parametrize('name', ['', 'utf-99', 'hex', 'rot13'])
+@pytest.mark.parametrize('name', ['', 'utf-99', 'hex', 'rot13', 'base64', 'idna', 'punycode',
+                                  'undefined', 'unicode_escape'])
 def test_check_encoding_knows_encodings_of_text_alone(name):
     for known in 'utf-16', 'utf8', 'cp1252', 'latin-1', 'shift_jis':
         check_encoding(known)
     with pytest.raises(SettingError, match=f"'{name}' is not known"):
         check_encoding(name)
+
+
+@pytest.mark.parametrize('data, says', [
+    (gzip.compress(b'a'), 'gzip: unpack it'), (b'PK\x03\x04\x14', 'a zip archive'),
+    (b'PAR1\x15', r'\.parquet$'), (b'\x28\xb5\x2f\xfd\x04', 'zstd: unpack it'),
+    (b'%PDF-1.7\n', 'a PDF'), (lzma.compress(b'a'), 'xz: unpack'),
+    (bz2.compress(b'a'), 'bzip2: unpack'), (b'ARROW1\0\0', 'Arrow'), (b'\x89PNG\r\n', 'a PNG'),
+    (b'SQLite format 3\0', 'an SQLite'), (b'a story\0', 'it has a byte 0')])
+def test_open_text_says_what_a_binary_file_is(tmp_path, data, says):
+    (tmp_path / 's.txt').write_bytes(data)
+    (tmp_path / 's.txt.gz').write_bytes(gzip.compress(data))
+    for name in 's.txt', 's.txt.gz':
+        for encoding in 'utf-8', 'latin-1':
+            with pytest.raises(UserError, match=f'{name} is not a text file.* {says}'):
+                open_text(tmp_path / name, encoding)
+    (tmp_path / 'plain.gz').write_bytes(b'a story')
+    with pytest.raises(UserError, match=r'plain\.gz is not gzip'):
+        open_text(tmp_path / 'plain.gz', 'utf-8')
