@@ -113,6 +113,7 @@ def test_start_can_fill_the_context(generated, write):
 
 def test_model_and_tokens_are_on_the_device(write, generated, monkeypatch):
     monkeypatch.setattr(sample, 'choose_device', torch.device)
+    monkeypatch.setattr('core.generate.free_gpu_memory', lambda device: 2**30)
     generated.rows = [[END], [END]]
     assert write(device='meta', start=' A dog ') == ([' A dog ', ' A dog '], '')
     model, idx, *_ = generated.call_args.args
