@@ -15,7 +15,7 @@ from pathlib import Path
 from configurator import SettingError, UserError, script_path
 from data.files import refuse_stand_in
 from data.story_tables import read_csv, read_json, read_parquet, read_tsv
-from data.text_encoding import CHUNK, check_encoding, check_text, describe_undecodable, open_text
+from data.text_encoding import CHUNK, check_encoding, describe_undecodable, open_text
 
 DELIMITER = '<|endoftext|>'  # between two stories of a .txt
 WHAT_WE_READ = ('stories come as .txt, .jsonl, .json, .csv, .tsv (each also as .gz), .parquet, a folder of '
@@ -178,7 +178,6 @@ def read_txt(path, how):
             if not chunk:
                 break
             is_empty = False
-            check_text(chunk, path)
             *complete, rest = split(rest + chunk)
             yield from complete
             is_separated = is_separated or len(complete) > 0

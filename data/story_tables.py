@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 from configurator import UserError
-from data.text_encoding import CHUNK, check_text, open_text
+from data.text_encoding import CHUNK, open_text
 
 ROWS = 200  # in a batch of an Arrow table
 
@@ -260,7 +260,6 @@ def rows_of_csv(path, how, separator, quoting=csv.QUOTE_MINIMAL):
                     raise UserError(f'{path}, line {reader.line_num}: columns: {len(row)}, and {len(header)} '
                                     'in the first line: put quotes around text that contains '
                                     f'{SEPARATORS.get(separator, repr(separator))} or line breaks')
-                check_text(row[place], path)
                 yield row[place]
         except csv.Error as error:
             problem = str(error).replace("'\t'", SEPARATORS['\t'])

@@ -75,13 +75,6 @@ def refuse_binary(path):
             raise UserError(f'{path} is not a text file but {what}: {advice}')
 
 
-def check_text(text, path):
-    """Raise UserError if `text` of a file has a NUL, which is in no text file."""
-    if '\0' in text:
-        raise UserError(f'{path} is not a text file: it has a byte 0 (if it is utf-16, type --text_encoding '
-                        'utf-16-le or utf-16-be)')
-
-
 def open_bytes(path):
     """Open a file or a .gz for reading bytes."""
     opener = gzip.open if path.suffix.lower() == '.gz' else open
@@ -114,7 +107,6 @@ def codec_of(path, encoding):
             order = 'le' if odd > even else 'be'
             raise UserError(f'{path} looks like utf-16 (every second byte is 0), not {encoding}: '
                             f'type --text_encoding utf-16-{order}')
-        check_text(start.decode('latin-1'), path)
     return encoding
 
 
