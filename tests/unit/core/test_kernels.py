@@ -24,20 +24,25 @@ def gradients(model, loss):
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize('choices', CASES, ids=str)
-def test_a_model_with_fast_kernels_equals_the_specification(choices):
-    """Loss, gradients and logits in float32, for every choice of block."""
-    specification, fast = small_model(**choices), small_model(**choices)
-    use_fast_cpu_kernels(fast)
-    assert fast.state_dict().keys() == specification.state_dict().keys()
+def check_equals_specification(model, specification):
+    """Compare parameters' names, loss, gradients and logits in float32; return the inputs and targets."""
+    assert model.state_dict().keys() == specification.state_dict().keys()
     idx = torch.randint(0, 23, (3, 17))
     x, y = idx[:, :-1], idx[:, 1:].contiguous()
-    expected, loss = specification(x, y), fast(x, y)
+    expected, loss = specification(x, y), model(x, y)
     torch.testing.assert_close(loss, expected)
     expected_gradients = gradients(specification, expected)
-    torch.testing.assert_close(gradients(fast, loss), expected_gradients, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradients(model, loss), expected_gradients, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
-        torch.testing.assert_close(fast(x), specification(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(x), specification(x), rtol=1e-4, atol=1e-4)
+    return x, y
+
+
+@pytest.mark.parametrize('choices', CASES, ids=str)
+def test_a_model_with_fast_kernels_equals_the_specification(choices):
+    specification, fast = small_model(**choices), small_model(**choices)
+    use_fast_cpu_kernels(fast)
+    check_equals_specification(fast, specification)
 
 
 @pytest.mark.parametrize('choices', CASES, ids=str)
@@ -138,18 +143,10 @@ def count_products(monkeypatch, model, x, y):
 
 @pytest.mark.parametrize('choices', CASES, ids=str)
 def test_joined_products_equal_the_specification(monkeypatch, choices):
-    """Loss, gradients and logits in float32, for every choice of block; with fewer products."""
+    """It takes fewer products."""
     specification, joined = small_model(**choices), small_model(**choices)
     use_joined_products(joined)
-    assert joined.state_dict().keys() == specification.state_dict().keys()
-    idx = torch.randint(0, 23, (3, 17))
-    x, y = idx[:, :-1], idx[:, 1:].contiguous()
-    expected, loss = specification(x, y), joined(x, y)
-    torch.testing.assert_close(loss, expected)
-    expected_gradients = gradients(specification, expected)
-    torch.testing.assert_close(gradients(joined, loss), expected_gradients, rtol=1e-4, atol=1e-5)
-    with torch.no_grad():
-        torch.testing.assert_close(joined(x), specification(x), rtol=1e-4, atol=1e-4)
+    x, y = check_equals_specification(joined, specification)
     is_swiglu = joined.config.mlp == 'swiglu'
     before, now = (count_products(monkeypatch, model, x, y) for model in (specification, joined))
     assert (before, now) == ((2 * 7, 2 * 4) if is_swiglu else (2 * 6, 2 * 4))
