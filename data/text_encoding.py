@@ -63,16 +63,17 @@ def check_encoding(name):
                            'of Python')
 
 
-def refuse_binary(path):
-    """Raise UserError if the first bytes of a file, or of what a .gz holds, show that it is no text."""
+def read_start(path):
+    """Return the first bytes of a text file, or of what a .gz holds. Raises UserError if it is no text."""
     try:
         with open_bytes(path) as file:
-            start = file.read(20)
+            start = file.read(1000)
     except gzip.BadGzipFile as error:
         raise UserError(f'{path} is not gzip, as its name says: take .gz off its name') from error
     for beginning, (what, advice) in BINARY_FILES.items():
         if start.startswith(beginning):
             raise UserError(f'{path} is not a text file but {what}: {advice}')
+    return start
 
 
 def open_bytes(path):
@@ -88,9 +89,7 @@ def open_text(path, encoding):
 
 def codec_of(path, encoding):
     """Return the codec that reads a text file. Raises UserError if its first bytes show another encoding."""
-    refuse_binary(path)
-    with open_bytes(path) as file:
-        start = file.read(1000)
+    start = read_start(path)
     given = codecs.lookup(encoding).name
     for mark, codec in BYTE_ORDER_MARKS.items():
         if start.startswith(mark):

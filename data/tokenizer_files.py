@@ -29,7 +29,7 @@ from data.hf_tokenizer import (
     llama_pieces,
 )
 from data.sentencepiece_file import BYTE, CONTROL, NORMAL, UNKNOWN, check_encoding, sentencepiece_model
-from data.text_encoding import find_undecodable, refuse_binary
+from data.text_encoding import find_undecodable, read_start
 from data.tokenizer import (
     FILE_NAMES,
     MAX_IDS,
@@ -142,7 +142,7 @@ def read_text(path):
     Raises ValueError if it is empty or a vocabulary of another kind, UserError if it is no text in UTF-8.
     """
     refuse_stand_in(path)
-    refuse_binary(path)
+    read_start(path)  # raises UserError if it is no text
     try:
         with open(path, encoding='utf-8', newline='') as file:
             start = file.read(TEXT_CHUNK)
