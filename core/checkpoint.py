@@ -40,7 +40,7 @@ from data.files import (
     write_bytes_atomically,
 )
 from data.shards import fingerprint
-from data.tokenizer import FILE_NAMES as TOKENIZER_FILES
+from data.tokenizer import FILE_NAMES as TOKENIZER_FILE_NAMES
 from model import GPT, GPTConfig
 
 FILES = {'last': 'ckpt.pt', 'best': 'best.pt'}
@@ -295,7 +295,7 @@ class RunFolder:
 
     def remove_previous_run(self):
         """Remove what is left of the previous run, once ckpt.pt is that of the new one."""
-        for name in FILES['best'], 'loss.png', *TOKENIZER_FILES:
+        for name in FILES['best'], 'loss.png', *TOKENIZER_FILE_NAMES:
             (self.path / name).unlink(missing_ok=True)
         for old in self.matching(KEPT):
             old.unlink()

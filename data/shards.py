@@ -33,7 +33,7 @@ from data.files import lock_folder, plain_path, refuse_stand_in, report_write_er
 
 SHARD_TOKENS = 100_000_000  # at most, per file
 SPLITS = 'train', 'val'
-# The tokenizer's own file of each encoding, which data/tokenizer.py writes
+# The tokenizer's own file of each encoding; data/tokenizer.py writes it
 TOKENIZER_FILES = {'char': 'tokenizer.json', 'bpe': 'tokenizer.model', 'gpt2': 'tokenizer.tiktoken'}
 PREPARED = re.compile(r'meta\.json|(train|val)_\d{5}\.bin|tokenizer\.(json|model|tiktoken)')
 TEMPORARY_FOLDERS = 'new', 'cache', 'old'  # the new dataset, intermediate files, the dataset that it replaces

@@ -26,7 +26,7 @@ import numpy as np
 from configurator import SettingError, UserError, user_errors
 from data.files import refuse_stand_in
 from data.sentencepiece_file import SPACE_MARK, count_pieces
-from data.shards import how_to_prepare, read_meta
+from data.shards import TOKENIZER_FILES, how_to_prepare, read_meta
 
 MAX_VOCAB_SIZE = 2**16  # ids are stored as uint16
 MAX_IDS = MAX_VOCAB_SIZE - 2  # without <blank> and <middle>
@@ -146,7 +146,7 @@ class CharTokenizer(Tokenizer):
     """One id per character; a character that is not in the vocabulary becomes its UTF-8 bytes."""
 
     encoding = 'char'
-    file_name = 'tokenizer.json'  # a list of the characters
+    file_name = TOKENIZER_FILES['char']  # a list of the characters
 
     def __init__(self, data):
         chars = json.loads(data)
@@ -197,7 +197,7 @@ class BPETokenizer(Tokenizer):
     """A sentencepiece model, its first ids in Llama's order."""
 
     encoding = 'bpe'
-    file_name = 'tokenizer.model'
+    file_name = TOKENIZER_FILES['bpe']
 
     # Protocol buffers that are concatenated are merged. This one is a normalizer_spec (field 3 of a model)
     # with an empty precompiled_charsmap (2), and add_dummy_prefix (3) and remove_extra_whitespaces (4) off:
@@ -315,7 +315,7 @@ class GPT2Tokenizer(Tokenizer):
     """GPT-2's byte-level vocabulary."""
 
     encoding = 'gpt2'
-    file_name = 'tokenizer.tiktoken'  # a line for each token: its bytes in base64, its id
+    file_name = TOKENIZER_FILES['gpt2']  # a line for each token: its bytes in base64, its id
     delimiter = 50256  # <|endoftext|>
     prefix = ''
     _separator = '<|endoftext|>'
