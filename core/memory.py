@@ -11,6 +11,7 @@ from pathlib import Path
 
 PROC = Path('/proc')
 CGROUPS = Path('/sys/fs/cgroup')
+NUMBER = '[0-9]{1,18}'  # a larger one, as version 1 of control groups has, means no limit
 
 
 def configure_memory(device):
@@ -37,28 +38,28 @@ def limit_memory():
     nothing is changed.
     """
     free = free_memory()
-    if free is None:
+    statm = re.match(rf'(?:{NUMBER} ){{5}}({NUMBER}) ', read_text(PROC / 'self/statm'))
+    if free is None or statm is None:
         return
     import resource
 
-    data_pages = int((PROC / 'self/statm').read_text().split()[5])
+    data_pages = int(statm[1])
     limit = data_pages * resource.getpagesize() + free
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     for given in soft, hard:
         if given != resource.RLIM_INFINITY:
             limit = min(limit, given)
-    with contextlib.suppress(OSError, ValueError):  # some sandboxes forbid it
+    with contextlib.suppress(OSError, ValueError, OverflowError):  # some sandboxes forbid it
         resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
 
 
 def free_memory():
     """Return the free bytes of the machine, or of the control group that has fewest; None if unknown.
 
-    Containers, Slurm and systemd limit a process by its control groups.
+    Containers, Slurm and systemd limit a process by its control groups. A group whose files are missing,
+    unreadable or odd has no limit that we know.
     """
-    if sys.platform != 'linux' or not (PROC / 'meminfo').exists() or not (PROC / 'self/statm').exists():
-        return None
-    kilobytes = re.findall(r'(?:MemAvailable|SwapFree):\s+(\d+)', (PROC / 'meminfo').read_text())
+    kilobytes = re.findall(rf'(?:MemAvailable|SwapFree):\s+({NUMBER}) kB', read_text(PROC / 'meminfo'))
     if not kilobytes:
         return None
     free = 1024 * sum(int(number) for number in kilobytes)
@@ -71,19 +72,17 @@ def control_groups():
     """Return the folders of this process's memory control groups, from the innermost to the outermost.
 
     /proc/self/cgroup has a line '0::/PATH' (version 2) or 'N:memory:/PATH' (version 1). Each folder on the
-    path has limits of its own. In a container the first folders of the path may not be visible.
+    path has limits of its own. In a container the first folders of the path may not be there.
     """
     folders = []
-    path = PROC / 'self/cgroup'
-    lines = path.read_text().splitlines() if path.exists() else []
-    for line in [*lines, '0::/', '1:memory:/']:
-        _, controllers, group = line.split(':', maxsplit=2)
+    groups = re.findall('^[0-9]+:([^:\n]*):/(.*)$', read_text(PROC / 'self/cgroup'), re.MULTILINE)
+    for controllers, group in [*groups, ('', ''), ('memory', '')]:
         if controllers and 'memory' not in controllers.split(','):
             continue
         root = CGROUPS / 'memory' if controllers else CGROUPS
-        folder = root / group.lstrip('/')
+        folder = root / group
         while folder.is_relative_to(root):
-            if folder.is_dir() and folder not in folders:
+            if folder not in folders:
                 folders.append(folder)
             folder = folder.parent
     return folders
@@ -98,16 +97,22 @@ def free_in_group(folder):
         if limit is None:
             continue
         used = read_number(folder / usage_name) or 0
-        statistics = folder / 'memory.stat'
-        if statistics.exists():
-            cached = re.search(rf'^{cache_name} (\d+)$', statistics.read_text(), re.MULTILINE)
-            if cached:  # copies of files, which are dropped when memory is needed
-                used -= int(cached[1])
+        cached = re.search(rf'^{cache_name} ({NUMBER})$', read_text(folder / 'memory.stat'), re.MULTILINE)
+        if cached:  # copies of files, which are dropped when memory is needed
+            used -= int(cached[1])
         return limit - used
     return float('inf')
 
 
 def read_number(path):
-    """Return the number in a file, or None if there is no such file or it holds a word such as 'max'."""
-    text = path.read_text().strip() if path.exists() else ''
-    return int(text) if text.isdigit() else None
+    """Return the number in a file, or None if there is none: no file, or a word such as 'max'."""
+    text = read_text(path).strip()
+    return int(text) if re.fullmatch(NUMBER, text) else None
+
+
+def read_text(path):
+    """Return the text of a file of the system, '' if it cannot be read."""
+    try:
+        return path.read_text(encoding='utf-8', errors='surrogateescape')
+    except (OSError, ValueError):  # ValueError: no file can have this path
+        return ''

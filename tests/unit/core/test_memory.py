@@ -66,6 +66,32 @@ def test_free_memory_of_a_container_that_sees_only_its_own_group(system, path):
     assert free_memory() == 700_000
 
 
+@pytest.mark.parametrize('path, content', [
+    ('proc/self/cgroup', b'\nno colons\n1:2\n::\n'), ('proc/self/cgroup', b'0::/\xff\n'),
+    ('proc/self/cgroup', b'0::/a\0b\n0::/' + 5000 * b'c'), ('proc/self/cgroup', b'0::/../../..\n'),
+    ('cgroup/memory.max', '\u00b2'.encode()), ('cgroup/memory.max', b'\xff'), ('cgroup/memory.max', b'-1'),
+    ('cgroup/memory.max', 5000 * b'9'), ('cgroup/memory.max', None),
+    ('cgroup/memory/memory.limit_in_bytes', '\u0663'.encode())])
+def test_free_memory_knows_no_limit_from_what_it_cannot_understand(system, path, content):
+    """With None, the file cannot be read: it is a folder."""
+    system(f'{path}/file' if content is None else path, '')
+    file = memory.PROC.parent / path
+    if content is not None:
+        file.write_bytes(content)
+    assert free_memory() == FREE
+
+
+@pytest.mark.parametrize('path, content', [
+    ('proc/meminfo', ''), ('proc/meminfo', f'MemAvailable: {5000 * "9"} kB'), ('proc/self/statm', '1 2 3'),
+    ('proc/self/statm', f'0 0 0 0 0 {5000 * "9"} 0')])
+def test_limit_memory_changes_nothing_without_the_sizes(system, monkeypatch, path, content):
+    import resource
+
+    system(path, content)
+    monkeypatch.setattr(resource, 'setrlimit', None)
+    memory.limit_memory()
+
+
 def test_without_proc_nothing_is_limited(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, 'PROC', tmp_path)
     assert free_memory() is None
