@@ -406,11 +406,11 @@ def status_and_message(error, less_memory):
         return 141, ''
     if isinstance(error, ModuleNotFoundError) and error.name and not is_our_module(error.name):
         return 1, f'this needs a package: pip install {error.name}'
+    if out_of_memory(error):
+        return 1, f'out of memory: {less_memory()}' if less_memory else 'out of memory'
     if isinstance(error, OSError):
         reason = error.strerror or str(error)
         return 1, f'{error.filename}: {reason}' if error.filename else reason
-    if out_of_memory(error):
-        return 1, f'out of memory: {less_memory()}' if less_memory else 'out of memory'
     return None
 
 
@@ -495,6 +495,11 @@ OUT_OF_MEMORY = (
     'Invalid buffer size: |'  # MPS
     'Resource temporarily unavailable')  # if a thread cannot be started
 
+# Why the system does not read or write a file, whatever it contains: the disk is full or broken, there is no
+# permission, a network drive is gone, too many files are open
+REFUSALS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE,
+            errno.EMFILE)
+
 # The exceptions that a mistake in the code raises, whatever the file it reads contains
 BUGS = (NameError, UnboundLocalError, AttributeError, TypeError, AssertionError)
 
@@ -517,8 +522,8 @@ def user_errors(what, problem='is damaged or not what it should be'):
             if not isinstance(facts, dict):
                 raise ValueError('not an object')
 
-    UserErrors, missing packages, out-of-memory and full-disk errors pass through. So does a bug in our own
-    code, as it would otherwise look like a damaged file.
+    UserErrors, missing packages, and errors of memory, disks and permissions pass through. So does a bug in
+    our own code, as it would otherwise look like a damaged file.
     """
     try:
         with warnings.catch_warnings(action='ignore'):  # the error says what matters
@@ -544,8 +549,8 @@ def is_about_the_file(error):
     """Return whether an error says that a file is wrong, and not the machine or our own code."""
     if isinstance(error, (UserError, ModuleNotFoundError)) or out_of_memory(error):
         return False
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-        return False  # the disk is full
+    if isinstance(error, OSError) and error.errno in REFUSALS:
+        return False
     return not is_our_bug(error)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from configurator import UserError
+from configurator import UserError, out_of_memory
 
 
 def lock_folder(folder, advice):
@@ -38,7 +38,7 @@ def report_write_errors(path, flag='--out_dir'):
         raise
     except Exception as error:
         reason = write_error(error)
-        if not reason:
+        if not reason or out_of_memory(error):
             raise
         obstacle = find_obstacle(error)
         advice = f'name another {flag}; what was saved before is whole'
@@ -50,6 +50,21 @@ def report_write_errors(path, flag='--out_dir'):
         elif re.search('space|quota|room|too large', reason, re.IGNORECASE):
             advice = f'free some space or {advice}'
         raise UserError(f'cannot write {path} ({reason}): {advice}') from error
+
+
+@contextlib.contextmanager
+def report_read_errors(*written):
+    """Turn an error of the system about a file, except in the folders `written`, into a UserError.
+
+    This is for the part of some writing that also reads: else report_write_errors would take such an error
+    for one of writing.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None or any(Path(error.filename).is_relative_to(folder) for folder in written):
+            raise
+        raise UserError(f'{error.filename}: {error.strerror}') from error
 
 
 def write_error(error):

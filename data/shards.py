@@ -29,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from configurator import SettingError, UserError, script_path, user_errors
-from data.files import lock_folder, plain_path, refuse_stand_in, report_write_errors
+from data.files import lock_folder, plain_path, refuse_stand_in, report_read_errors, report_write_errors
 
 SHARD_TOKENS = 100_000_000  # at most, per file
 SPLITS = 'train', 'val'
@@ -101,7 +101,7 @@ def write_dataset_atomically(folder):
                     for name in TEMPORARY_FOLDERS:
                         Path(temporary, name).mkdir()
                     try:
-                        with plain_path(Path(temporary, 'cache')) as cache:
+                        with plain_path(Path(temporary, 'cache')) as cache, report_read_errors(temporary, cache):
                             yield Path(temporary, 'new'), cache
                     except BaseException as error:
                         forget_variables(error)
@@ -135,7 +135,8 @@ def prepared_files(folder):
     Raises UserError if there are others of the names that prepare.py writes.
     """
     listed = []
-    with contextlib.suppress(UserError):  # it has no meta.json, or one of another program
+    # it may have no meta.json, or one of another program
+    with report_read_errors(), contextlib.suppress(UserError):
         meta = read_meta(folder)
         listed = ['meta.json', TOKENIZER_FILES.get(meta['encoding'])]
         for split in SPLITS:

@@ -322,7 +322,8 @@ run(main)
 
 @pytest.mark.parametrize('n_wrappers', [0, 1])
 @pytest.mark.parametrize('error', [
-    OSError(errno.ENOSPC, 'No space left'), MemoryError(), OSError(errno.ENOMEM, 'Cannot allocate memory'),
+    OSError(errno.ENOSPC, 'No space left'), PermissionError(errno.EACCES, 'Permission denied', 'f.bin'),
+    OSError(errno.EIO, 'Input/output error'), MemoryError(), OSError(errno.ENOMEM, 'Cannot allocate memory'),
     ModuleNotFoundError('no package', name='package')])
 def test_user_errors_does_not_blame_the_file_for_the_machine(error, n_wrappers):
     wrapper = RuntimeError('generation failed')
