@@ -101,7 +101,8 @@ def write_dataset_atomically(folder):
                     for name in TEMPORARY_FOLDERS:
                         Path(temporary, name).mkdir()
                     try:
-                        with plain_path(Path(temporary, 'cache')) as cache, report_read_errors(temporary, cache):
+                        with (plain_path(Path(temporary, 'cache')) as cache,
+                              report_read_errors(temporary, cache)):
                             yield Path(temporary, 'new'), cache
                     except BaseException as error:
                         forget_variables(error)

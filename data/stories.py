@@ -5,6 +5,7 @@ lie in memory-mapped Arrow files in the folder `cache`, so memory does not grow 
 single story and a document are read into memory.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from data.story_files import (
     file_type,
     files_below,
     find_story_files,
+    list_folder,
     read_document,
     read_stories,
 )
@@ -87,7 +89,10 @@ def import_datasets(offline):
 def is_hub_name(source):
     """Return whether `source` is written like a name on the hub and is not a local file."""
     path = Path(source)
-    return not path.exists() and not file_type(path) and re.fullmatch(HUB_NAME, source) is not None
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, ValueError):
+        path.stat()  # an OSError if it cannot be read, which path.exists() hides in some versions of Python
+        return False
+    return not file_type(path) and re.fullmatch(HUB_NAME, source) is not None
 
 
 def load_from_hub(source, offline, column):
@@ -138,8 +143,11 @@ def why_hub_is_unreachable(offline):
 
 
 def is_saved_dataset(path):
-    """Return whether `path` is a folder that save_to_disk wrote."""
-    return (path / 'dataset_dict.json').is_file() or bool(folders_with_arrow(path))
+    """Return whether `path` is a folder that save_to_disk wrote. Raises UserError if it cannot be read."""
+    if not path.is_dir():
+        return False
+    names = [file.name for file in list_folder(path)]
+    return 'dataset_dict.json' in names or bool(folders_with_arrow(path))
 
 
 def folders_with_arrow(path):

@@ -9,12 +9,13 @@ import contextlib
 import json
 import os
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 from configurator import SettingError, UserError, script_path
 from data.files import refuse_stand_in
-from data.story_tables import read_csv, read_json, read_parquet, read_tsv
+from data.story_tables import has_rows, read_csv, read_json, read_parquet, read_tsv
 from data.text_encoding import CHUNK, check_encoding, describe_undecodable, open_text
 
 DELIMITER = '<|endoftext|>'  # between two stories of a .txt
@@ -65,9 +66,10 @@ def check_format(how, kinds, source):
 # finding files ------------------------------------------------------------------
 
 def find_story_files(path):
-    """Return {name: path} of the story files at `path`, sorted. If there are .parquet files, only those.
+    """Return {name: path} of the story files at `path`, sorted.
 
-    Links to folders are followed. Raises UserError if there are no files, or a folder cannot be read.
+    If there are .parquet files with rows, only .parquet files. Links to folders are followed.
+    Raises UserError if there are no files, or something cannot be read.
     """
     if path.is_file() and file_type(path):
         return {path.name: path}
@@ -84,14 +86,16 @@ def find_story_files(path):
     if not files:
         raise UserError(f'the folder {path} holds no stories: {WHAT_WE_READ} (unpack archives first)')
     parquet = {name: file for name, file in files.items() if file_type(file) == '.parquet'}
-    return parquet or files
+    if any(has_rows(file) for file in parquet.values()):
+        return parquet
+    return files
 
 
 def files_below(folder):
     """Return the files in `folder` and in its subfolders, each folder once, without what is hidden.
 
     A linked folder is visited after all others, so a folder that can also be reached without a link keeps its
-    own name. Raises UserError if a folder cannot be read or a link leads nowhere.
+    own name. Raises UserError if a folder, or a file or link that may hold stories, cannot be read.
     """
     files = []
     folders = [folder]
@@ -115,18 +119,36 @@ def files_below(folder):
 def list_folder(folder):
     """Return the files and folders in a folder, sorted, without what is hidden.
 
-    Raises UserError if the folder cannot be read or a link leads nowhere.
+    Raises UserError if the folder, or a file or link in it that may hold stories, cannot be read.
     """
     try:
-        paths = [path for path in sorted(folder.iterdir()) if not path.name.startswith('.')]
-        for path in paths:
-            if path.is_symlink() and not path.exists():
-                raise UserError(f'{path} is a link to {os.readlink(path)}, which is not there: bring what it '
-                                'leads to, or remove it')
-        return [path for path in paths if path.is_dir() or path.is_file()]
+        paths = sorted(folder.iterdir())
     except OSError as error:
-        raise UserError(f'the folder {folder} cannot be read ({error.strerror}): change its permissions, or '
-                        'move it out of the source') from error
+        raise unreadable(folder, error) from error
+    return [path for path in paths if not path.name.startswith('.') and is_file_or_folder(path)]
+
+
+def is_file_or_folder(path):
+    """Return whether `path` is a file or a folder, or a link to one.
+
+    Raises UserError if it cannot be read. A link to nothing is ignored if its name is that of a file without
+    stories, such as README.md.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and path.suffix and not file_type(path):
+            return False
+        raise unreadable(path, error) from error
+    return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
+
+
+def unreadable(path, error):
+    """Return the UserError about a part of the source that raised an OSError."""
+    what = path
+    if os.path.islink(path):  # path.is_symlink() may raise an error, too
+        what = f'{path} (a link to {os.readlink(path)})'
+    return UserError(f'{what} cannot be read ({error.strerror}): mend this, or move it out of the source')
 
 
 def file_type(path):
@@ -151,12 +173,13 @@ def read_stories(path, how):
     """
     try:
         refuse_stand_in(path)
-    except OSError as error:
-        raise UserError(f'{path} cannot be read ({error.strerror})') from error
-    try:
         yield from READERS[file_type(path)](path, how)
     except UnicodeDecodeError as error:
         raise UserError(describe_undecodable(path, how.encoding)) from error
+    except OSError as error:
+        if error.errno is None:  # what a library says of a damaged file
+            raise
+        raise unreadable(path, error) from error
 
 
 def read_txt(path, how):

@@ -310,15 +310,29 @@ def find_separator(path, how):
     return max(others, key=others.get)  # so that the message lists the columns that there are
 
 
-def read_parquet(path, how):
-    """Yield the stories of a .parquet."""
+def has_rows(path):
+    """Return whether a .parquet may have rows: one that is damaged or cannot be read may."""
     import pyarrow.parquet
 
+    try:
+        with open(path, 'rb') as file:
+            if not file.read(1):
+                return False
+            return pyarrow.parquet.ParquetFile(file).metadata.num_rows > 0
+    except (pyarrow.ArrowException, OSError):
+        return True
+
+
+def read_parquet(path, how):
+    """Yield the stories of a .parquet. Without rows, its columns do not matter."""
+    import pyarrow.parquet
+
+    if not has_rows(path):
+        return
     with open(path, 'rb') as file:
         table = pyarrow.parquet.ParquetFile(file, buffer_size=CHUNK)
-        if table.metadata.num_rows:
-            column = choose_text_column(table.schema_arrow, how.column, path)
-            yield from arrow_stories(table.iter_batches(ROWS, columns=[column]), column, path)
+        column = choose_text_column(table.schema_arrow, how.column, path)
+        yield from arrow_stories(table.iter_batches(ROWS, columns=[column]), column, path)
 
 
 def choose_text_column(schema, column, where):

@@ -62,8 +62,6 @@ def open_tokenizer(path):
     Raises UserError if it is none of these, or is damaged.
     """
     path = in_cache(Path(path))
-    if path.is_file():
-        refuse_stand_in(path)
     if (path / 'meta.json').is_file():
         return load_tokenizer(path)
     if path.suffix == '.pt':
@@ -71,6 +69,7 @@ def open_tokenizer(path):
     if any((path / name).is_file() for name in CHECKPOINTS):
         return read_run_tokenizer(path)
     if is_llama2c_model(path):
+        refuse_stand_in(path)  # the readers of the other files do that
         tokenizer = read_tokenizer(path.parent)
         if tokenizer is None:
             raise UserError(f'{path.parent} has no tokenizer.bin and no tokenizer.model: put its own there')

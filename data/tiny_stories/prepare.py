@@ -151,7 +151,10 @@ def split_stories(stories, cache):
     stories = concatenate_datasets([stories, hashes.select_columns('bytes')], axis=1)
     for split, in_split in ('train', ~is_val & ~is_blank), ('val', is_val & ~is_blank):
         if not in_split.any():
-            raise UserError(f'the {split} split of {source} holds no stories, or only blank ones')
+            way_out = 'fill it'
+            if split == 'val':
+                way_out += ', or remove it, and a part of the others is for validation'
+            raise UserError(f'the {split} split of {source} holds no stories, or only blank ones: {way_out}')
         is_sampled = sample_hash <= data_percentage / 100 * 2.0**64
         is_sampled |= sample_hash == sample_hash[in_split].min()  # at least one story
         splits[split] = stories.select(np.flatnonzero(in_split & is_sampled))
@@ -309,6 +312,13 @@ def print_next_command():
     print('next:', ' '.join(words))
 
 
+def suggest_less_memory():
+    """Return the advice for the message when memory runs out."""
+    if num_proc != 1:
+        return 'type --num_proc 1, for one process at a time'
+    return 'name smaller files with --source, or what is between the stories of a long text with --separator'
+
+
 if __name__ == '__main__':
     configure(globals())
-    run(main)
+    run(main, suggest_less_memory)

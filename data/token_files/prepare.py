@@ -105,7 +105,9 @@ def find_token_files(folder):
     """
     if folder.is_file():
         raise UserError(f'{folder} is a file: name its folder, with train*.bin and val*.bin, or data*.bin')
-    files = sorted(file for file in folder.glob('*.bin') if file.is_file())
+    files = []
+    if folder.is_dir():  # not with glob, for which a folder that cannot be read is empty
+        files = sorted(file for file in folder.iterdir() if file.suffix == '.bin' and file.is_file())
     train = [file for file in files if re.match('train(?![a-z])', file.stem)]
     val = [file for file in files if re.match('val(?![a-z])', file.stem)]
     shards = [file for file in files if re.match('data(?![a-z])', file.stem)]  # llama2.c's

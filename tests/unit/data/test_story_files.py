@@ -1,8 +1,9 @@
 """Story files: which ones are found, how a .txt is divided, and what is said about one that is not."""
 
-import os
+import errno
 import re
 
+import pyarrow.parquet
 import pytest
 
 from configurator import SettingError, UserError
@@ -16,6 +17,7 @@ from data.story_files import (
     read_stories,
     story_format,
 )
+from tests.helpers.permissions import locked, needs_permissions, rights_of_an_owner
 
 
 def write(path, text=''):
@@ -38,37 +40,79 @@ def test_find_story_files_follows_links_to_folders_once(tmp_path):
     assert find_story_files(folder) == {name: folder / name for name in names}
 
 
-@pytest.mark.parametrize('name', ['x.txt', 'folder'])
+@pytest.mark.parametrize('name', ['x.txt', 'x.JSONL.gz', 'folder'])
 def test_find_story_files_reports_a_link_to_nothing(tmp_path, name):
     write(tmp_path / 's/1.txt')
     (tmp_path / 's' / name).symlink_to('gone')
-    with pytest.raises(UserError, match=f's/{name} is a link to gone, which is not there'):
+    with pytest.raises(UserError, match=rf's/{name} \(a link to gone\) cannot be read \(No such file or dir'):
         find_story_files(tmp_path / 's')
 
 
-def test_find_story_files_reports_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
-    """As root may read everything, the refusal is imitated."""
+def test_find_story_files_ignores_a_link_to_nothing_that_is_no_story_file(tmp_path):
+    path = write(tmp_path / 's/1.txt')
+    for name in 'README.md', 'x.zip', '.hidden':
+        (tmp_path / 's' / name).symlink_to('gone')
+    assert find_story_files(tmp_path / 's') == {'1.txt': path}
+
+
+@needs_permissions
+@pytest.mark.parametrize('name, says', [
+    ('s', 's'), ('s/sub', 's/sub'), ('outside', r's/link \(a link to \.\./outside/in\)'),
+    ('outside/in', r's/link \(a link to \.\./outside/in\)')])
+def test_find_story_files_names_the_folder_that_cannot_be_read(tmp_path, name, says):
+    for path in 's/1.txt', 's/sub/2.txt', 'outside/in/3.txt':
+        write(tmp_path / path)
+    (tmp_path / 's/link').symlink_to('../outside/in')
+    message = rf'^{tmp_path}/{says} cannot be read \(Permission denied\): mend this, or move it out'
+    with locked(tmp_path / name), pytest.raises(UserError, match=message):
+        find_story_files(tmp_path / 's')
+
+
+@needs_permissions
+def test_find_story_files_reports_a_folder_whose_files_cannot_be_found(tmp_path):
     write(tmp_path / 's/1.txt')
-    write(tmp_path / 's/locked/2.txt')
-    listdir = os.listdir
-
-    def refuse(path):
-        if str(path).endswith('locked'):
-            raise PermissionError(13, 'Permission denied', str(path))
-        return listdir(path)
-
-    monkeypatch.setattr(os, 'listdir', refuse)
-    with pytest.raises(UserError, match=r'folder .*s/locked cannot be read \(Permission denied\)'):
+    (tmp_path / 's').chmod(0o600)
+    with rights_of_an_owner(), pytest.raises(UserError, match=r's/1\.txt cannot be read \(Permission'):
         find_story_files(tmp_path / 's')
+    (tmp_path / 's').chmod(0o700)
 
 
-def test_read_stories_reports_a_file_that_cannot_be_read(tmp_path, monkeypatch):
-    def refuse(path):
-        raise PermissionError(13, 'Permission denied', str(path))
+@needs_permissions
+@pytest.mark.parametrize('name', ['1.txt', '1.csv', '1.parquet'])
+def test_read_stories_reports_a_file_that_cannot_be_read(tmp_path, name):
+    path = write(tmp_path / 's' / name, 'a')
+    assert find_story_files(tmp_path / 's') == {name: path}
+    with locked(path), pytest.raises(UserError, match=rf'{name} cannot be read \(Permission denied\): mend'):
+        list(read_stories(path, Format()))
 
-    monkeypatch.setattr(story_files, 'refuse_stand_in', refuse)
-    with pytest.raises(UserError, match=r'1\.txt cannot be read \(Permission denied\)$'):
+
+def test_read_stories_reports_a_disk_that_fails_while_it_reads(tmp_path, monkeypatch):
+    def fail(path, how):
+        yield 'a'
+        raise OSError(errno.EIO, 'Input/output error')
+
+    monkeypatch.setitem(story_files.READERS, '.txt', fail)
+    with pytest.raises(UserError, match=r'1\.txt cannot be read \(Input/output error\)'):
         list(read_stories(write(tmp_path / '1.txt', 'a'), Format()))
+
+
+def test_find_story_files_takes_only_parquet_if_any_has_rows(tmp_path):
+    """So stories are not read twice. Which has rows is found out without reading what is damaged."""
+    text, empty, zero = (tmp_path / name for name in ('1.txt', '2.parquet', '3.parquet'))
+    for path in text, zero:
+        write(path)
+    pyarrow.parquet.write_table(pyarrow.table({'id': pyarrow.array([], 'int64')}), empty)
+    assert list(find_story_files(tmp_path)) == ['1.txt', '2.parquet', '3.parquet']
+    assert list(read_stories(empty, Format())) == list(read_stories(zero, Format())) == []
+    damaged = write(tmp_path / '4.parquet', 'PAR1')
+    assert list(find_story_files(tmp_path)) == ['2.parquet', '3.parquet', '4.parquet']
+    pyarrow.parquet.write_table(pyarrow.table({'text': ['a']}), damaged)
+    assert list(find_story_files(tmp_path)) == ['2.parquet', '3.parquet', '4.parquet']
+
+
+@pytest.mark.parametrize('ending', story_files.READERS)
+def test_read_stories_finds_none_in_a_file_of_0_bytes(tmp_path, ending):
+    assert list(read_stories(write(tmp_path / f's{ending}'), Format())) == []
 
 
 # separators ---------------------------------------------------------------------
