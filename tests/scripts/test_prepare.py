@@ -24,6 +24,7 @@ from data.tiny_stories import prepare
 from data.tiny_stories.sample_stories import stories as built_in_stories
 from data.tokenizer import CharTokenizer, load_tokenizer
 from tests.helpers.hub import Hub
+from tests.helpers.permissions import locked, needs_permissions
 from tests.helpers.scripts import ROOT, script
 from tests.helpers.windows import windows_files
 
@@ -303,12 +304,63 @@ def test_files_without_stories_are_counted_in_one_line(tmp_path, prepared, capsy
     """The name of one of them would change the colour of a terminal."""
     write_all(tmp_path / 's', {'b.txt': STORIES[:9], 'c.jsonl': STORIES[9:]})
     empty = {'header.csv': b'id,title\n', 'list.json': b'[]', 'none.jsonl.gz': gzip.compress(b''),
-             '\x1b[31mred\n.tsv': b'', 'zero.txt': b''}
+             '\x1b[31mred\n.tsv': b'', 'zero.txt': b'', 'zero.parquet': b''}
     for name, content in empty.items():
         (tmp_path / 's' / name).write_bytes(content)
     assert both(prepared(tmp_path / 's')) == sorted(STORIES)
-    names = 'zero.txt, \N{REPLACEMENT CHARACTER}[31mred .tsv, header.csv, list.json, none.jsonl.gz'
-    assert f'\n5 of 7 files hold no stories: {names}\n' in capsys.readouterr().out
+    names = 'zero.txt, \N{REPLACEMENT CHARACTER}[31mred .tsv, header.csv, list.json, none.jsonl.gz, ...'
+    assert f'\n6 of 8 files hold no stories: {names}\n' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('empty, other, says', [
+    ('validation.txt', 'train.txt', 'the val split .*: fill it, or remove it, and a part of the others is'),
+    ('train.txt', 'validation.txt', 'the train split of .* holds no stories, or only blank ones: fill it$')])
+def test_split_without_stories_is_refused_with_a_way_out(tmp_path, prepared, empty, other, says):
+    write(tmp_path / 's' / other)
+    write(tmp_path / 's' / empty, [])
+    with pytest.raises(UserError, match=says):
+        prepared(tmp_path / 's')
+
+
+@needs_permissions
+@pytest.mark.parametrize('name', ['s', 's/train', 's/train/1.txt', 's/2.csv', 'saved', 'saved/state.json'])
+def test_source_that_cannot_be_read_is_named_and_not_the_out_dir(tmp_path, prepared, name):
+    for path in 's/train/1.txt', 's/2.csv', 'saved':
+        write(tmp_path / path)
+    message = rf'^{tmp_path}/{name}( cannot be read \(|: )Permission denied'
+    with locked(tmp_path / name), pytest.raises(UserError, match=message):
+        prepared(tmp_path / name.split('/')[0])
+    assert not (tmp_path / 'out').exists()
+
+
+@needs_permissions
+@pytest.mark.parametrize('name', ['folder/s.txt', 'folder/s'])
+def test_source_in_a_folder_that_cannot_be_read_is_not_looked_for_elsewhere(tmp_path, prepared, name):
+    write(tmp_path / name)
+    with locked(tmp_path / 'folder'), pytest.raises(UserError, match=rf'{name}: Permission denied$'):
+        prepared(tmp_path / name)
+
+
+@needs_permissions
+def test_tokenizer_that_cannot_be_read_is_named_and_not_the_out_dir(tmp_path, prepared):
+    write(tmp_path / 's.txt')
+    path = write(tmp_path / 'tokenizer.txt')
+    with locked(path), pytest.raises(UserError, match=rf'^{path}: Permission denied$'):
+        prepared(tmp_path / 's.txt', tokenizer=str(path))
+
+
+@linux_only
+def test_advice_if_memory_runs_out(tmp_path):
+    """A long document is read into memory as a whole."""
+    (tmp_path / 's.txt').write_text('Once there was a dog. ' * 10_000_000)
+    code = (f'import resource, runpy; resource.setrlimit(resource.RLIMIT_DATA, (5 * 10**8, -1)); '
+            f'runpy.run_path({PREPARE!r}, run_name="__main__")')
+    for num_proc, advice in (0, 'type --num_proc 1, for one process at a time'), (
+            1, 'name smaller files with --source, or what is between the stories of a long text'):
+        words = ['--source', tmp_path / 's.txt', '--out_dir', tmp_path / 'out', f'--num_proc={num_proc}']
+        done = subprocess.run([sys.executable, '-c', code, *words], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1 and f': out of memory: {advice}' in done.stderr, done.stderr
+        assert 'Traceback' not in done.stderr and not (tmp_path / 'out').exists()
 
 
 def test_folder_of_token_files_is_refused_with_the_script_for_them(tmp_path, prepared):

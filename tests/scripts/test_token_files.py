@@ -11,6 +11,7 @@ from configurator import SettingError, UserError, settings
 from data.shards import read_meta
 from data.token_files import prepare
 from data.tokenizer import load_tokenizer
+from tests.helpers.permissions import locked, needs_permissions
 from tests.helpers.scripts import STORIES, script
 from tests.helpers.tokenizers import keep_gpt2, needs_gpt2, small_tokenizer
 
@@ -191,6 +192,13 @@ def test_missing_training_files_are_named(prepared, theirs, names, message):
     for name in names:
         write_tokens(theirs / f'{name}.bin', [1, 5] * 9)
     with pytest.raises(UserError, match=message):
+        prepared(encoding_type='gpt2')
+
+
+@needs_permissions
+def test_source_that_cannot_be_read_is_not_taken_for_an_empty_one(prepared, theirs):
+    write_tokens(theirs / 'train.bin', [1] * 100)
+    with locked(theirs), pytest.raises(PermissionError, match=f'{theirs}'):
         prepared(encoding_type='gpt2')
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import sys
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 from configurator import SettingError, UserError
 from data import shards
 from data.shards import Batches, Split, fingerprint, prepared_folder, read_meta, write_dataset_atomically
-from data.tokenizer import CLASSES
+from data.tokenizer import CLASSES, load_tokenizer
+from tests.helpers.permissions import locked, needs_permissions
 from tests.helpers.scripts import prepare
 from tests.helpers.windows import windows_files
 
@@ -191,6 +193,20 @@ def test_write_dataset_atomically_keeps_the_old_files_if_writing_fails(folder):
     assert not list(folder.glob('.preparing*'))
 
 
+def test_write_dataset_atomically_tells_errors_of_reading_from_errors_of_writing(folder, tmp_path):
+    before = content(folder)
+    refused = pytest.raises(UserError, match=rf'^{tmp_path}/source: Permission denied$')
+    with refused, write_dataset_atomically(folder):
+        raise PermissionError(13, 'Permission denied', str(tmp_path / 'source'))
+    refused = pytest.raises(UserError, match=r'^cannot write .*\(Permission denied\): name another --out_dir')
+    for i in 0, 1:
+        with refused, write_dataset_atomically(folder) as folders:
+            raise PermissionError(13, 'Permission denied', str(folders[i] / 'shard'))
+    with pytest.raises(OSError, match='Cannot allocate'), write_dataset_atomically(folder):
+        raise OSError(12, 'Cannot allocate memory')
+    assert content(folder) == before
+
+
 def test_write_dataset_atomically_replaces_prepared_data_and_nothing_else(folder):
     (folder / 'notes.txt').write_text('mine')
     with write_dataset_atomically(folder) as (new, cache):
@@ -210,6 +226,16 @@ def smaller(tmp_path):
     """Return the files of the dataset that `replace` writes, {name: bytes}."""
     (tmp_path / 'smaller').mkdir()
     return content(make(tmp_path / 'smaller', train=TOKENS[:7]))
+
+
+@needs_permissions
+@pytest.mark.parametrize('name, use', [
+    ('meta.json', read_meta), ('meta.json', replace), ('tokenizer.json', load_tokenizer)])
+def test_prepared_data_that_cannot_be_read_is_not_called_damaged(folder, name, use):
+    with locked(folder / name), pytest.raises((UserError, PermissionError)) as raised:
+        use(folder)
+    assert name in str(raised.value) and 'Permission denied' in str(raised.value)
+    assert not re.search('damaged|remove|--out_dir', str(raised.value))
 
 
 def test_write_dataset_atomically_puts_everything_back_if_a_file_cannot_be_moved(folder, monkeypatch):
