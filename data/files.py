@@ -56,15 +56,16 @@ def report_write_errors(path, flag='--out_dir'):
 def report_read_errors(*written):
     """Turn an error of the system about a file, except in the folders `written`, into a UserError.
 
-    This is for the part of some writing that also reads: else report_write_errors would take such an error
-    for one of writing.
+    Work within report_write_errors that also reads other files needs this: else an error of reading would be
+    reported as one of writing.
     """
     try:
         yield
     except OSError as error:
-        if error.filename is None or any(Path(error.filename).is_relative_to(folder) for folder in written):
+        name = error.filename
+        if not isinstance(name, str) or any(Path(name).is_relative_to(folder) for folder in written):
             raise
-        raise UserError(f'{error.filename}: {error.strerror}') from error
+        raise UserError(f'{name}: {error.strerror}') from error
 
 
 def write_error(error):

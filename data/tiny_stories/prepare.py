@@ -153,7 +153,7 @@ def split_stories(stories, cache):
         if not in_split.any():
             way_out = 'fill it'
             if split == 'val':
-                way_out += ', or remove it, and a part of the others is for validation'
+                way_out += ', or remove it, so that a part of the others is for validation'
             raise UserError(f'the {split} split of {source} holds no stories, or only blank ones: {way_out}')
         is_sampled = sample_hash <= data_percentage / 100 * 2.0**64
         is_sampled |= sample_hash == sample_hash[in_split].min()  # at least one story

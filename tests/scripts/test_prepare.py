@@ -313,7 +313,7 @@ def test_files_without_stories_are_counted_in_one_line(tmp_path, prepared, capsy
 
 
 @pytest.mark.parametrize('empty, other, says', [
-    ('validation.txt', 'train.txt', 'the val split .*: fill it, or remove it, and a part of the others is'),
+    ('validation.txt', 'train.txt', 'the val split .*: fill it, or remove it, so that a part'),
     ('train.txt', 'validation.txt', 'the train split of .* holds no stories, or only blank ones: fill it$')])
 def test_split_without_stories_is_refused_with_a_way_out(tmp_path, prepared, empty, other, says):
     write(tmp_path / 's' / other)

@@ -105,6 +105,7 @@ def test_run_lets_rank_0_report_first(monkeypatch, capsys, rank, calls):
 
 @pytest.mark.parametrize('error', [
     MemoryError(),
+    OSError(errno.ENOMEM, 'Cannot allocate memory'),
     torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2 GiB'),
     RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`'),
     RuntimeError('cuDNN error: CUDNN_STATUS_ALLOC_FAILED'),
