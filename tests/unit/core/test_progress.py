@@ -15,7 +15,7 @@ from core.checkpoint import RunFolder
 from core.progress import Curves, NoProgress, Progress, check_tracker, plot_metrics, read_run_facts, smooth
 from data.tokenizer import CharTokenizer
 
-SETTINGS = {'log_interval': 2, 'track': '', 'seed': 5}
+FACTS = {'name': 'out-now-1f', 'hardware': 'a machine', 'log_interval': 2, 'track': '', 'seed': 5}
 FIGURES = {'loss': 2.0, 'lr': 0.01, 'grad_norm': 1.0}
 
 
@@ -26,7 +26,7 @@ def begin(tmp_path):
         folder = RunFolder(tmp_path / 'out', resume=step > 0, overwrite=step == 0)
         folder.begin({'iter': step}, CharTokenizer.train(['a']))
         folder.lock.lock.release()  # the next one is of this process, too
-        return Progress(folder, step, 10, 64, 6400.0, 'a machine', SETTINGS | settings)
+        return Progress(folder, step, 10, 64, 6400.0, FACTS | settings)
     return make
 
 
@@ -198,8 +198,6 @@ class Tracker(types.ModuleType):
 @pytest.mark.parametrize('name', ['wandb', 'trackio'])
 def test_a_tracker_gets_the_same_figures(begin, tmp_path, monkeypatch, no_picture, name):
     monkeypatch.setitem(sys.modules, name, tracker := Tracker(name))
-    monkeypatch.setattr('core.progress.time.strftime', lambda _: 'now')
-    monkeypatch.setattr('core.progress.secrets.token_hex', lambda _: '1f')
     monkeypatch.delenv('WANDB_RUN_ID', raising=False)
     progress = begin(track=name)
     assert os.environ['WANDB_RUN_ID'] == 'out-now-1f'
