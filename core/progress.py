@@ -212,10 +212,10 @@ class Curves:
         return thin(steps), thin(values)
 
 
-def thin(values, most=MOST_POINTS):
-    """Return numbers as an array. If there are more than `most`, each is the mean of several neighbours."""
+def thin(values):
+    """Return numbers as an array of at most MOST_POINTS, each the mean of neighbours if there are more."""
     values = np.array(values)
-    group = math.ceil(len(values) / most)
+    group = math.ceil(len(values) / MOST_POINTS)
     if group <= 1:
         return values
     starts = np.arange(0, len(values), group)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from core.checkpoint import load_checkpoint
 from data.files import lock_folder
@@ -73,9 +74,9 @@ def test_a_run_goes_on_with_another_number_of_ranks(runs, tmp_path):
 
 
 @pytest.mark.parametrize('flag, message', [
-    ('--max_iters=4', 'rank 1 has max_iters 4, but rank 0 has 3: start all ranks with the same command'),
-    ('--seed=5', 'rank 1 has seed 5, but rank 0 has 1337'),
-    ('--dataset=OTHER', 'rank 1 has data with fingerprint ')])
+    ('--max_iters=4', 'max_iters is 4 on rank 1, but 3 on rank 0: start all ranks with the same command'),
+    ('--seed=5', 'seed is 5 on rank 1, but 1337 on rank 0'),
+    ('--dataset=OTHER', 'the fingerprint of the data is ')])
 def test_ranks_that_do_not_agree_are_refused(data, tmp_path, flag, message):
     """They would train on a mixture, or wait for each other forever."""
     other = prepare(tmp_path / 'other', train=np.arange(3, 3000, dtype='<u2') % 300)
@@ -85,6 +86,26 @@ def test_ranks_that_do_not_agree_are_refused(data, tmp_path, flag, message):
         run.finish(status=1)
         assert message in run.err and run.err.count('\n') == 1
     assert not (tmp_path / 'out' / 'ckpt.pt').exists()
+
+
+@pytest.mark.parametrize('name, message', [
+    ('best.pt', 'best.pt is missing on rank 1, but a file with sha256 '),
+    ('ckpt.pt', r'ckpt.pt is a file with sha256 \w+ on rank 1, but a file with sha256 \w+ on rank 0: start')])
+def test_ranks_with_other_checkpoints_are_refused(runs, tmp_path, name, message):
+    """As on two machines, each with a copy of the folder; ckpt.pt differs only in the optimizer's state."""
+    folders = [shutil.copytree(runs / 'out-2', tmp_path / str(rank)) for rank in range(2)]
+    changed = folders[1] / name
+    checkpoint = load_checkpoint(changed)
+    checkpoint['optimizers'][0]['state'][0]['exp_avg'] += 1
+    changed.unlink()
+    if name == 'ckpt.pt':
+        torch.save(checkpoint, changed)
+    before = [path.read_bytes() for path in folders[0].glob('*.pt')]
+    for run in start_ranks([['train.py', '--init_from=resume', '--max_iters=60', f'--out_dir={folder}']
+                            for folder in folders]):
+        run.finish(status=1)
+        assert re.search(message, run.err) and run.err.count('\n') == 1
+    assert before == [path.read_bytes() for path in folders[0].glob('*.pt')]
 
 
 def test_ctrl_c_saves_and_names_the_command(data, tmp_path):
