@@ -519,7 +519,8 @@ class Run:
             record = best
         self.best_val_loss = record['best_val_loss']
         self.best_measured_on = record.get('measured_on', '')
-        if record.get('best_iter', best['iter']) != best['iter']:  # the loss is that of an even better one
+        if record.get('best_iter', best['iter']) != best['iter']:
+            # a copy of a checkpoint that was not the best one when it was saved: its own loss is not known
             self.best_measured_on = ''
 
     def checkpoint(self):
@@ -548,7 +549,7 @@ class Run:
         if self.best_is_damaged:
             name = self.folder.set_best_aside()
             print(f'best.pt is damaged: it is now {name}, and the next evaluation makes a new best.pt, even '
-                  'if the model was better before')
+                  'if the damaged one was better')
 
     def save(self, is_best=False, keep=False):
         """Save a checkpoint on rank 0; do nothing on the other ranks."""
