@@ -20,8 +20,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # this repository come
 import numpy as np
 import torch
 
-from configurator import SettingError, UserError, configure, in_range, one_of, run, script_path, settings
-from core.checkpoint import TO_RESUME, Run, RunFolder, load_checkpoint, resume_command
+from configurator import (
+    SettingError,
+    UserError,
+    configure,
+    in_range,
+    one_line,
+    one_of,
+    run,
+    script_path,
+    settings,
+)
+from core.checkpoint import TO_RESUME, Run, RunFolder, describe_file, load_checkpoint, resume_command
 from core.device import (
     autocast,
     choose_device,
@@ -178,12 +188,11 @@ def resume(this_run, max_steps):
     check_resumable(checkpoint, this_run.model.config, this_run.meta, max_steps)
     this_run.restore(checkpoint)
     if get_ranks().rank == 0:
-        print_resumption(this_run, checkpoint['settings'])
+        print_resumption(this_run, checkpoint)
 
 
-def print_resumption(this_run, saved):
-    """Print what a user must know of the run that is resumed. saved: the settings in its checkpoint."""
-    saved = settings(globals()) | saved  # an old checkpoint has fewer
+def print_resumption(this_run, checkpoint):
+    """Print what a user must know of the run that is resumed from `checkpoint`."""
     step = this_run.step
     if overwrite:
         print('overwrite has no effect, as the run is resumed')
@@ -193,13 +202,27 @@ def print_resumption(this_run, saved):
     if later:
         print(f"later than ckpt.pt, which is of step {step}: {', '.join(later)}; best.pt stays until there "
               'is a lower loss, the others until the run comes to their steps')
+    print_changed_best(this_run, checkpoint)
     if this_run.folder.last_recorded_step() > step:
         print(f'metrics.jsonl and samples.jsonl go on at step {step}: their later lines are removed')
-    before = describe_data_order(saved)
+    before = describe_data_order(settings(globals()) | checkpoint['settings'])  # an old checkpoint has fewer
     now = describe_data_order(settings(globals()))
     if before != now:
         print(f'the run had {before}, and now has {now}: from here on the data comes in another order, so '
               'some of this epoch is skipped and some is seen twice')
+
+
+def print_changed_best(this_run, checkpoint):
+    """Print how best.pt differs from what `checkpoint` has recorded of it, unless it is later or damaged."""
+    if this_run.best_step > this_run.step or this_run.best_is_damaged:
+        return
+    recorded = checkpoint.get('best_iter', this_run.best_step)  # an old checkpoint does not say
+    if not (this_run.folder.path / 'best.pt').exists():
+        if math.isfinite(checkpoint['best_val_loss']):
+            print('best.pt is missing: the next evaluation makes a new one')
+    elif this_run.best_step != recorded:
+        print(f'best.pt is of step {this_run.best_step}, and no longer of step {recorded} as ckpt.pt has it: '
+              'the first loss that is lower than its own replaces it')
 
 
 def describe_data_order(values):
@@ -220,9 +243,11 @@ def measure_best_again(this_run, evaluator, val_split):
     if metrics is None:  # asked to stop: the next resumed run will measure
         return
     if get_ranks().rank == 0:
-        before = this_run.best_measured_on or 'what is not known'
+        before = ''
+        if this_run.best_measured_on:
+            before = f'; the {this_run.best_val_loss:.4f} so far was on {one_line(this_run.best_measured_on)}'
         print(f"best.pt (step {this_run.best_step}) has a validation loss of {metrics['val_loss']:.4f} on "
-              f'{this_run.measured_on}; the {this_run.best_val_loss:.4f} so far was on {before}')
+              f'{this_run.measured_on}{before}')
     this_run.best_val_loss = metrics['val_loss']
     this_run.best_measured_on = this_run.measured_on
 
@@ -249,12 +274,15 @@ def facts_to_compare(this_run, ptdtype):
     """Return {name: value} of what must be the same on all ranks; paths may differ between machines."""
     may_differ = 'dataset', 'out_dir', 'init_from', 'device', 'overwrite', 'verify_data', 'track'
     facts = {name: value for name, value in this_run.settings.items() if name not in may_differ}
-    return facts | {
-        'data with fingerprint': fingerprint(this_run.meta)[:12],
+    facts |= {
+        'the fingerprint of the data': fingerprint(this_run.meta)[:12],
         'step': this_run.step,
-        'best_val_loss': this_run.best_val_loss,
         'dtype': str(ptdtype),
     }
+    if this_run.folder.resume and get_ranks().world_size > 1:
+        for name in 'ckpt.pt', 'best.pt':
+            facts[name] = describe_file(this_run.folder.path / name)
+    return facts
 
 
 def lr_factor(step, max_steps):

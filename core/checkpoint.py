@@ -10,18 +10,22 @@ A checkpoint is a dict with
                      what it was measured on
     'optimizers'     a list of state_dicts
     'scaler'         state_dict of the gradient scaler; empty if not in float16
+    'run_name'       a name that no other run has; all checkpoints of a run have the same one
     'fingerprint'    of the data, and its 'infill_rate'
 It holds tensors and plain values only, so reading a foreign one runs no code.
 """
 
 import copy
+import hashlib
 import json
 import math
 import os
 import re
 import reprlib
+import secrets
 import shlex
 import shutil
+import time
 import zipfile
 from dataclasses import asdict, fields
 from functools import partial
@@ -49,11 +53,12 @@ PLAIN = bool | int | float | str  # a setting
 TYPES = {
     'model': dict, 'config': dict, 'tokenizer': dict | None, 'settings': dict, 'iter': int,
     'best_val_loss': NUMBER, 'best_iter': int, 'measured_on': str, 'optimizers': list, 'scaler': dict,
-    'fingerprint': str, 'infill_rate': NUMBER,
+    'fingerprint': str, 'infill_rate': NUMBER, 'run_name': str,
 }
 REQUIRED = 'model', 'config', 'tokenizer', 'settings', 'iter'
 TO_RESUME = *REQUIRED, 'best_val_loss', 'optimizers', 'scaler', 'fingerprint'
 LONGEST_CONTEXT = 2**20
+LARGEST = 1e305  # number in a record: val_ppl is at most e**700, and matplotlib cannot draw 1e308
 END_BYTES = 2**16  # how much of the end of a .jsonl file is read first
 KEPT = re.compile(r'ckpt_(\d+)\.pt')  # a copy for each save_interval
 # What a run writes into its folder next to the tokenizer, and what a killed process may leave of it
@@ -129,7 +134,7 @@ def suggest_other_checkpoint(path):
     if not other.is_file() or damage(other):
         return ''
     if path.name == 'best.pt':
-        return f'; {other} is whole: use it with --ckpt last'
+        return f'; {other} is whole: use it with --ckpt last, or name it with --init_from'
     copy = shlex.join(['cp', str(other), str(path)])
     return f'; {other} is whole: type {copy}'
 
@@ -248,6 +253,23 @@ class DivergedError(UserError):
             f'{resume_command(out_dir)} --learning_rate {lower_rate:g}')
 
 
+def make_run_name(folder):
+    """Return a name for a run in `folder` that no other run has: a tracker would merge runs of one name.
+
+    Example: 'out-quickstart-20260131-235959-1f2e3d4c'
+    """
+    name = re.sub(r'[^\w.-]', '-', Path(folder).resolve().name)
+    return f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
+
+
+def describe_file(path):
+    """Return in words what a checkpoint is, to compare it with that of another rank."""
+    if not path.exists():
+        return 'missing'
+    with open(path, 'rb') as file:
+        return f"a file with sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:12]}"
+
+
 class RunFolder:
     """The `out_dir` of a run: ckpt.pt (last), best.pt, ckpt_STEP.pt, the tokenizer's own file, metrics.jsonl,
     samples.jsonl, and what core/progress.py writes there."""
@@ -286,19 +308,31 @@ class RunFolder:
                 self.check_tokenizer(tokenizer)
             for left in self.matching(LEFTOVERS):  # by a process that was killed while it saved
                 left.unlink()
-            if not self.resume:
-                self.save(checkpoint)  # from here on the folder holds this run
+            # from here on the folder holds this run
             if replaces_run:
-                self.remove_previous_run()
+                self.replace_run(checkpoint)
+            elif not self.resume:
+                self.save(checkpoint)
             self.save_tokenizer(tokenizer)
             self.cut_records(checkpoint['iter'])
 
-    def remove_previous_run(self):
-        """Remove what is left of the previous run, once ckpt.pt is that of the new one."""
-        for name in FILES['best'], 'loss.png', *TOKENIZER_FILE_NAMES:
-            (self.path / name).unlink(missing_ok=True)
-        for old in self.matching(KEPT):
-            old.unlink()
+    def replace_run(self, checkpoint):
+        """Save the first checkpoint in place of the previous run, and remove the other files of that.
+
+        They are removed once the checkpoint is on disk and before it gets its name: a process that is killed
+        in between leaves a part of the previous run, and never files of two runs.
+        """
+
+        def write(file):
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+            for name in FILES['best'], 'loss.png', 'run.json', *TOKENIZER_FILE_NAMES:
+                (self.path / name).unlink(missing_ok=True)
+            for old in self.matching(KEPT):
+                old.unlink()
+
+        write_atomically(self.path / FILES['last'], write)
 
     def check_tokenizer(self, tokenizer):
         """Raise UserError if there is a file of the tokenizer's name with other content: it is not ours."""
@@ -318,6 +352,12 @@ class RunFolder:
             path = self.path / name
             if path.exists():
                 os.truncate(path, end_of_records_before(step, path))
+
+    def set_best_aside(self):
+        """Rename best.pt, so that it is not replaced, and return its new name."""
+        name = f"{FILES['best']}.damaged-{time.strftime('%Y%m%d-%H%M%S')}"
+        (self.path / FILES['best']).rename(self.path / name)
+        return name
 
     def last_recorded_step(self):
         """Return the step of the last line of metrics.jsonl, -1 if there is none."""
@@ -400,20 +440,20 @@ def parse_record(line):
         return None
     if not isinstance(record, dict):
         return None
+    step = record.get('iter')
+    if type(step) is not int or not 0 <= step < 2**63:
+        return None
     for key, value in record.items():
         if key in ('prompt', 'story'):
             if not isinstance(value, str):
                 return None
-        elif not isinstance(value, NUMBER) or not is_finite(value):
+        elif not is_number(value) or not -LARGEST < value < LARGEST:
             return None
-    return record if record.get('iter', -1) >= 0 else None
+    return record
 
 
-def is_finite(value):
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an int that is too large for a float
-        return False
+def is_number(value):
+    return isinstance(value, NUMBER) and not isinstance(value, bool)  # in Python, a bool is an int
 
 
 # the state of a run -----------------------------------------------------------
@@ -434,7 +474,9 @@ class Run:
         self.meta = meta
         self.settings = settings
         self.measured_on = measured_on
+        self.name = make_run_name(folder.path)
         self.step = 0
+        self.best_is_damaged = False  # best.pt of the run to resume
         self.best_val_loss = math.inf
         self.best_step = 0
         self.best_measured_on = measured_on
@@ -448,26 +490,38 @@ class Run:
                 self.scaler.load_state_dict(checkpoint['scaler'])
             for optimizer, state in zip(self.optimizers, checkpoint['optimizers'], strict=True):
                 load_optimizer_state(optimizer, state)
+        self.name = checkpoint.get('run_name', '')  # an old checkpoint has none
         self.step = checkpoint['iter']
         self.restore_best(checkpoint)
 
     def restore_best(self, checkpoint):
-        """Take the best loss from a checkpoint to resume from, or from best.pt if that is of a later step.
+        """Take note of how good best.pt is. checkpoint: the one to resume from.
 
-        best.pt is later if the run was killed between the two files, or if the user has gone back to an
-        earlier checkpoint. If it is gone, the next evaluation makes a new one.
+        Without best.pt, or if it is damaged, the next evaluation makes a new one.
         Raises UserError if it is of another run.
         """
         path = self.folder.path / FILES['best']
         if not path.exists():
             return
-        best = load_checkpoint(path)
-        if best['config'] != checkpoint['config'] or best.get('fingerprint') != checkpoint['fingerprint']:
-            raise UserError(f'{path} is of another run than {FILES["last"]}: move it to another folder')
-        newest = best if best['iter'] > checkpoint['iter'] and 'best_val_loss' in best else checkpoint
-        self.best_val_loss = newest['best_val_loss']
-        self.best_step = newest.get('best_iter', newest['iter'])
-        self.best_measured_on = newest.get('measured_on', '')
+        try:
+            best = load_checkpoint(path, TO_RESUME)
+        except UserError:
+            self.best_is_damaged = True
+            return
+        for name in 'config', 'fingerprint', 'run_name':
+            if best.get(name) != checkpoint.get(name):
+                raise UserError(f'{path} is of another run than {FILES["last"]}: move it to another folder')
+        self.best_step = best['iter']
+        # ckpt.pt says how good best.pt is, unless that is later (the run was killed between the two files,
+        # or the user has gone back to an earlier checkpoint) or a copy of another checkpoint of this run
+        record = checkpoint
+        if best['iter'] > checkpoint['iter'] or best['iter'] != checkpoint.get('best_iter'):
+            record = best
+        self.best_val_loss = record['best_val_loss']
+        self.best_measured_on = record.get('measured_on', '')
+        if record.get('best_iter', best['iter']) != best['iter']:
+            # a copy of a checkpoint that was not the best one when it was saved: its own loss is not known
+            self.best_measured_on = ''
 
     def checkpoint(self):
         """Return the checkpoint of this moment. Raises DivergedError if a weight is not finite."""
@@ -486,11 +540,16 @@ class Run:
             'scaler': self.scaler.state_dict(),
             'fingerprint': fingerprint(self.meta),
             'infill_rate': self.meta.get('infill_rate', 0),
+            'run_name': self.name,
         }
 
     def begin(self):
         """Take the folder: from now on it holds this run. Rank 0 calls it."""
         self.folder.begin(self.checkpoint(), self.tokenizer)
+        if self.best_is_damaged:
+            name = self.folder.set_best_aside()
+            print(f'best.pt is damaged: it is now {name}, and the next evaluation makes a new best.pt, even '
+                  'if the damaged one was better')
 
     def save(self, is_best=False, keep=False):
         """Save a checkpoint on rank 0; do nothing on the other ranks."""

@@ -31,21 +31,30 @@ def get_ranks():
 
     Raises UserError if these variables contradict each other.
     """
-    names = 'RANK', 'LOCAL_RANK', 'WORLD_SIZE'
-    given = {name: os.environ[name] for name in names if name in os.environ}
-    if not given:
+    alone = {'RANK': '0', 'LOCAL_RANK': '0', 'WORLD_SIZE': '1'}
+    given = {name: os.environ[name] for name in alone if name in os.environ}
+    if given.items() <= alone.items():  # one process needs none of them
         return Ranks()
-    if len(given) < len(names) or not all(re.fullmatch(r'\d{1,9}', text) for text in given.values()):
+    if len(given) < len(alone) or not all(re.fullmatch(r'\d{1,9}', text) for text in given.values()):
         raise UserError(f'the environment has {describe(given)}, where all of RANK, LOCAL_RANK and '
                         f'WORLD_SIZE must be numbers: {START_ADVICE}')
-    ranks = Ranks(*(int(given[name]) for name in names))
+    ranks = Ranks(int(given['RANK']), int(given['LOCAL_RANK']), int(given['WORLD_SIZE']))
     if not ranks.local_rank <= ranks.rank < ranks.world_size:
         raise UserError(f'the environment has {describe(given)}, which cannot be: {START_ADVICE}')
+    if ranks.world_size > 1:
+        check_master()
+    return ranks
+
+
+def check_master():
+    """Raise UserError if the environment does not say where the ranks find each other."""
     missing = [name for name in ('MASTER_ADDR', 'MASTER_PORT') if not os.environ.get(name)]
-    if ranks.world_size > 1 and missing:
+    if missing:
         raise UserError(f"the environment has no {' and no '.join(missing)}, by which ranks find each other: "
                         + START_ADVICE)
-    return ranks
+    port = os.environ['MASTER_PORT']
+    if not re.fullmatch(r'\d{1,5}', port) or not 0 < int(port) < 2**16:
+        raise UserError(f'the environment has MASTER_PORT={port!a}, which must be a number from 1 to 65535')
 
 
 def describe(variables):
@@ -90,8 +99,8 @@ def compare_ranks(facts):
     for rank, theirs in enumerate(facts_of_ranks):
         for name, value in facts_of_ranks[0].items():
             if theirs.get(name) != value:
-                raise UserError(f'rank {rank} has {name} {theirs.get(name)}, but rank 0 has {value}: start '
-                                'all ranks with the same command, data and checkpoint')
+                raise UserError(f'{name} is {theirs.get(name)} on rank {rank}, but {value} on rank 0: start '
+                                'all ranks with the same command, data and checkpoints')
 
 
 def leave_ranks():

@@ -5,19 +5,19 @@ import importlib
 import json
 import math
 import os
-import re
-import secrets
 import sys
-import time
 from array import array
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from configurator import one_of, printable, user_errors
+from configurator import is_our_bug, one_of, printable, reason_of, user_errors
+from core.checkpoint import make_run_name
 from core.device import describe_hardware, peak_flops
 from data.files import write_bytes_atomically
+
+MOST_POINTS = 2000  # of a curve in loss.png
 
 
 def check_tracker(track):
@@ -32,9 +32,12 @@ def make_progress(run, max_steps, tokens_per_step, device, dtype, ranks):
     if ranks.rank > 0:
         return NoProgress()
     peak_tokens_per_s = peak_flops(device) * ranks.world_size / run.model.flops_per_token()
-    hardware = describe_hardware(device, dtype, ranks.world_size)
-    return Progress(run.folder, run.step, max_steps, tokens_per_step, peak_tokens_per_s, hardware,
-                    run.settings)
+    name = run.name
+    if not name:  # the run goes on from an old checkpoint, which does not have it
+        folder = run.folder.path
+        name = read_run_facts(folder).get('name') or make_run_name(folder)
+    facts = {'name': name, 'hardware': describe_hardware(device, dtype, ranks.world_size)} | run.settings
+    return Progress(run.folder, run.step, max_steps, tokens_per_step, peak_tokens_per_s, facts)
 
 
 class NoProgress:
@@ -53,17 +56,17 @@ class NoProgress:
 class Progress:
     """The progress of rank 0, from the step at which the run starts or is resumed."""
 
-    def __init__(self, folder, start_step, max_steps, tokens_per_step, peak_tokens_per_s, hardware, settings):
+    def __init__(self, folder, start_step, max_steps, tokens_per_step, peak_tokens_per_s, facts):
         """folder: a RunFolder. peak_tokens_per_s: what the hardware can compute at most; 0: not known.
 
-        settings: all settings of the run; `track` and `log_interval` are used here.
+        facts: what run.json and the tracker get: the run's 'name', the 'hardware', and all settings.
         """
         self.folder = folder
         self.start_step = start_step
         self.max_steps = max_steps
         self.tokens_per_step = tokens_per_step
         self.peak_tokens_per_s = peak_tokens_per_s
-        self.log_interval = settings['log_interval']
+        self.log_interval = facts['log_interval']
         self.curves = Curves()
         self.seconds_before = 0.0  # of training, before this process
         for record in folder.records():
@@ -76,18 +79,8 @@ class Progress:
         self.warned = False
         self.bar = tqdm(total=max_steps, initial=start_step, file=sys.stdout, disable=not sys.stdout.isatty(),
                         leave=False, dynamic_ncols=True, bar_format='{n_fmt}/{total_fmt} {bar} {desc}')
-        facts = {'name': self.choose_name(), 'hardware': hardware} | settings
         write_bytes_atomically(folder.path / 'run.json', json.dumps(facts, indent=1).encode())
-        self.tracker = start_tracker(settings['track'], facts)
-
-    def choose_name(self):
-        """Return the name by which a tracker knows the run: a new one, or that of the run to resume."""
-        if self.folder.resume:
-            facts = read_run_facts(self.folder.path)
-            if facts:
-                return facts['name']
-        name = re.sub(r'[^\w.-]', '-', self.folder.path.resolve().name)
-        return f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"
+        self.tracker = start_tracker(facts)
 
     def log_step(self, step, seconds, **figures):
         """Show a finished step, and record its figures (loss, lr, grad_norm) if a log line is due.
@@ -151,17 +144,20 @@ class Progress:
             self.tracker.log(figures, step=step)
 
     def draw(self):
-        """Draw the curves as loss.png, if matplotlib is there."""
+        """Draw the curves as loss.png. If matplotlib is missing or fails, say so once; training goes on."""
         try:
             from matplotlib.figure import Figure  # takes half a second to import
-        except Exception as error:  # not installed, or an incompatible version
+
+            figure = Figure(figsize=(8, 7), layout='constrained')
+            plot_metrics(figure, self.curves, self.tokens_per_step)
+            figure.savefig(self.folder.path / 'loss.png')
+        except Exception as error:  # matplotlib raises errors of many classes
+            if is_our_bug(error):
+                raise
             if not self.warned:
-                self.print(f'loss.png was not drawn ({error}): pip install matplotlib')
+                advice = ': pip install matplotlib' if isinstance(error, ModuleNotFoundError) else ''
+                self.print(f'loss.png was not drawn ({reason_of(error)}){advice}')
             self.warned = True
-            return
-        figure = Figure(figsize=(8, 7), layout='constrained')
-        plot_metrics(figure, self.curves, self.tokens_per_step)
-        figure.savefig(self.folder.path / 'loss.png')
 
     def close(self):
         """Remove the progress bar and finish the tracker."""
@@ -171,27 +167,28 @@ class Progress:
             self.tracker.finish()
 
 
-def start_tracker(track, facts):
-    """Start wandb or trackio for a run and return its module, or None if `track` is ''."""
+def start_tracker(facts):
+    """Start the tracker of a run, wandb or trackio, and return its module, or None if there is none.
+
+    facts: those of run.json; `track` names the tracker.
+    """
+    track = facts['track']
     if not track:
         return None
     tracker = importlib.import_module(track)
-    os.environ.setdefault('WANDB_RUN_ID', facts['name'])  # wandb knows a run by its id, trackio by its name
     with user_errors(track, 'could not start a run'):
+        os.environ.setdefault('WANDB_RUN_ID', facts['name'])  # wandb's id of a run; trackio takes its name
         tracker.init(project='tiny-stories', name=facts['name'], config=facts, resume='allow')
     return tracker
 
 
 def read_run_facts(folder):
-    """Return {'name', 'hardware'} of a run, from its run.json; {} if there is none."""
-    path = Path(folder) / 'run.json'
-    if not path.exists():
-        return {}
-    with user_errors(path):
-        facts = json.loads(path.read_bytes())
-        if not isinstance(facts, dict):
-            raise ValueError('it is not an object')
+    """Return {'name', 'hardware'} of a run, from its run.json; {} if that is missing or damaged."""
+    try:
+        facts = json.loads((Path(folder) / 'run.json').read_bytes())
         return {key: str(facts[key]) for key in ('name', 'hardware')}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return {}
 
 
 # loss.png ---------------------------------------------------------------------
@@ -209,18 +206,21 @@ class Curves:
                 steps.append(record['iter'])
                 values.append(record[key])
 
-    def thinned(self, key, most=2000):
-        """Return the steps and the values of a metric, two arrays of at most `most` points.
+    def thinned(self, key):
+        """Return the steps and the values of a metric, two arrays of at most MOST_POINTS points."""
+        steps, values = self.points[key]
+        return thin(steps), thin(values)
 
-        If there are more, each is the mean of several neighbours.
-        """
-        steps, values = np.array(self.points[key])
-        group = math.ceil(len(steps) / most)
-        if group <= 1:
-            return steps, values
-        starts = np.arange(0, len(steps), group)
-        counts = np.diff(starts, append=len(steps))
-        return np.add.reduceat(steps, starts) / counts, np.add.reduceat(values, starts) / counts
+
+def thin(values):
+    """Return numbers as an array of at most MOST_POINTS, each the mean of neighbours if there are more."""
+    values = np.array(values)
+    group = math.ceil(len(values) / MOST_POINTS)
+    if group <= 1:
+        return values
+    starts = np.arange(0, len(values), group)
+    counts = np.diff(starts, append=len(values))
+    return np.add.reduceat(values, starts) / counts
 
 
 def plot_metrics(figure, curves, tokens_per_step):

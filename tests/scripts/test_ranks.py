@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from core.checkpoint import load_checkpoint
 from data.files import lock_folder
@@ -73,9 +74,9 @@ def test_a_run_goes_on_with_another_number_of_ranks(runs, tmp_path):
 
 
 @pytest.mark.parametrize('flag, message', [
-    ('--max_iters=4', 'rank 1 has max_iters 4, but rank 0 has 3: start all ranks with the same command'),
-    ('--seed=5', 'rank 1 has seed 5, but rank 0 has 1337'),
-    ('--dataset=OTHER', 'rank 1 has data with fingerprint ')])
+    ('--max_iters=4', 'max_iters is 4 on rank 1, but 3 on rank 0: start all ranks with the same command'),
+    ('--seed=5', 'seed is 5 on rank 1, but 1337 on rank 0'),
+    ('--dataset=OTHER', 'the fingerprint of the data is ')])
 def test_ranks_that_do_not_agree_are_refused(data, tmp_path, flag, message):
     """They would train on a mixture, or wait for each other forever."""
     other = prepare(tmp_path / 'other', train=np.arange(3, 3000, dtype='<u2') % 300)
@@ -85,6 +86,22 @@ def test_ranks_that_do_not_agree_are_refused(data, tmp_path, flag, message):
         run.finish(status=1)
         assert message in run.err and run.err.count('\n') == 1
     assert not (tmp_path / 'out' / 'ckpt.pt').exists()
+
+
+def test_ranks_with_other_checkpoints_are_refused(runs, tmp_path):
+    """As on two machines, each with a copy of the folder; only the optimizer's state differs."""
+    folders = [shutil.copytree(runs / 'out-2', tmp_path / str(rank)) for rank in range(2)]
+    before = (folders[0] / 'ckpt.pt').read_bytes()
+    checkpoint = load_checkpoint(runs / 'out-2' / 'ckpt.pt')
+    checkpoint['optimizers'][0]['state'][0]['exp_avg'].add_(1)
+    torch.save(checkpoint, folders[1] / 'ckpt.pt')
+    for run in start_ranks([['train.py', '--init_from=resume', '--max_iters=60', f'--out_dir={folder}']
+                            for folder in folders]):
+        run.finish(status=1)
+        assert re.search(r'ckpt.pt is a file with sha256 \w+ on rank 1, but a file with sha256 \w+ on rank 0',
+                         run.err)
+        assert run.err.count('\n') == 1
+    assert (folders[0] / 'ckpt.pt').read_bytes() == before
 
 
 def test_ctrl_c_saves_and_names_the_command(data, tmp_path):

@@ -136,6 +136,17 @@ def test_check_resumable_names_what_differs(given, data, changes, message):
         train.check_resumable(checkpoint, config, meta, max_steps=10)
 
 
+def test_ranks_compare_the_checkpoints_that_they_resume(given, data, tmp_path, monkeypatch):
+    run = SimpleNamespace(settings={'seed': 1, 'out_dir': 'out'}, step=5, meta=Split(data, 'train').meta,
+                          folder=SimpleNamespace(path=tmp_path, resume=True))
+    (tmp_path / 'ckpt.pt').touch()
+    alone = train.facts_to_compare(run, torch.float32)
+    assert alone['seed'] == 1 and alone['step'] == 5 and 'out_dir' not in alone and 'ckpt.pt' not in alone
+    monkeypatch.setattr(train, 'get_ranks', lambda: Ranks(0, 0, 2))
+    files = {'ckpt.pt': 'a file with sha256 e3b0c44298fc', 'best.pt': 'missing'}
+    assert train.facts_to_compare(run, torch.float32) == alone | files
+
+
 # runs
 
 
@@ -259,6 +270,32 @@ def test_going_back_to_an_earlier_checkpoint_keeps_the_best_and_says_what_is_lat
     assert 'metrics.jsonl and samples.jsonl go on at step 2: their later lines are removed' in done.out
     assert load_checkpoint(out / 'best.pt')['iter'] == 6
     assert load_checkpoint(out / 'ckpt.pt')['best_iter'] == 6
+
+
+def test_a_resumed_run_says_if_best_pt_is_another_or_gone(train_small, tmp_path):
+    out = tmp_path / 'out'
+    train_small('--max_iters=4', '--eval_interval=2', '--save_interval=2', '--learning_rate=0.01')
+    (out / 'best.pt').unlink()
+    done = train_small('--init_from=resume', '--max_iters=4')
+    assert 'best.pt is missing: the next evaluation makes a new one\n' in done.out
+    loss = load_checkpoint(out / 'best.pt')['best_val_loss']
+
+    earlier = load_checkpoint(out / 'ckpt_2.pt')
+    (out / 'best.pt').unlink()
+    torch.save(earlier | {'measured_on': '1 window \x1b[2J'}, out / 'best.pt')
+    done = train_small('--init_from=resume', '--max_iters=4')
+    assert 'best.pt is of step 2, and no longer of step 4 as ckpt.pt has it' in done.out
+    assert (f"best.pt (step 2) has a validation loss of {earlier['best_val_loss']:.4f} on "
+            f"{earlier['measured_on']}; the {earlier['best_val_loss']:.4f} so far was on 1 window \ufffd[2J\n"
+            ) in done.out
+    best = load_checkpoint(out / 'best.pt')
+    assert best['iter'] == 4 and best['best_val_loss'] == pytest.approx(loss, rel=1e-6)
+
+    (out / 'best.pt').unlink()
+    (out / 'best.pt').write_text('half')
+    done = train_small('--init_from=resume', '--max_iters=4')
+    assert 'best.pt is damaged: it is now best.pt.damaged-' in done.out
+    assert load_checkpoint(out / 'best.pt')['iter'] == 4
 
 
 def test_a_resumed_run_says_if_its_data_comes_in_another_order(train_small):

@@ -1,5 +1,6 @@
 """Checkpoints: whole or not at all, and nothing in them runs. The folder and the state of a run."""
 
+import contextlib
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import resource
 import sys
 import zipfile
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from core.checkpoint import (
     Run,
     RunFolder,
     check_size,
+    describe_file,
     load_checkpoint,
     load_model,
     parameter_shapes,
@@ -103,7 +106,7 @@ def test_a_damaged_checkpoint_is_named_and_so_is_a_whole_one(tmp_path, damage):
     for file in files:
         save(file, STATE)
     whole = last.read_bytes()
-    for file, advice in (last, r'type cp .*best.pt .*ckpt.pt$'), (best, r'--ckpt last$'):
+    for file, advice in (last, r'type cp .*best.pt .*ckpt.pt$'), (best, r'--ckpt last, or .*--init_from$'):
         file.write_bytes(damage(whole))
         with pytest.raises(UserError, match=rf'{file.name} is damaged.* is whole: .*{advice}'):
             load_checkpoint(file)
@@ -253,7 +256,9 @@ def test_files_of_the_user_stay(tmp_path):
 def test_records_of_a_resumed_run_end_before_its_step_and_skip_bad_lines(tmp_path):
     lines = ['{"iter": 0, "loss": 1}', 'no line', '[1]', '{"loss": 3}', '{"iter": 1, "loss": 2}',
              '{"iter": 0, "loss": "high"}', '{"iter": 0, "loss": NaN}', '{"iter": 0, "loss": null}',
-             '{"iter": 0, "loss": 1' + 400 * '0' + '}', '{"iter": 0, "story": 5}', '[' * 9**5, '{"iter": 2}',
+             '{"iter": 0, "loss": 1' + 400 * '0' + '}', '{"iter": 0, "lr": 1e308}', '{"iter": 1e308}',
+             '{"iter": 1.0}', '{"iter": true}', '{"iter": 0, "loss": true}', '{"iter": 9223372036854775808}',
+             '{"iter": 0, "story": 5}', '[' * 9**5, '{"iter": 2}',
              '{"it']
     (tmp_path / 'metrics.jsonl').write_bytes('\n'.join(lines).encode() + b'\xe9')
     folder = RunFolder(tmp_path, resume=True)
@@ -311,6 +316,37 @@ def test_a_new_run_replaces_an_old_one_only_when_it_is_saved(tmp_path, monkeypat
     assert json.loads(f"[{(tmp_path / 'metrics.jsonl').read_text()}]") == []
 
 
+@pytest.mark.parametrize('n_calls', range(10))
+def test_a_run_that_is_killed_while_it_replaces_another_never_leaves_files_of_both(
+        tmp_path, monkeypatch, n_calls):
+    """The process ends at each call that changes the folder."""
+    old = {'ckpt.pt', 'best.pt', 'loss.png', 'run.json', 'ckpt_5.pt', 'tokenizer.model'}
+    for name in old:
+        save(tmp_path / name, STATE | {'run_name': 'old'})
+    n_left = n_calls
+
+    def killed_at(call):
+        def killed(*args, **kwargs):
+            nonlocal n_left
+            if args and Path(args[0]).name in ('tokenizer.json', 'tokenizer.tiktoken'):  # not there
+                return call(*args, **kwargs)
+            n_left -= 1
+            if n_left < 0:
+                raise KeyboardInterrupt
+            return call(*args, **kwargs)
+        return killed
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(os, 'replace', killed_at(os.replace))
+        patch.setattr(Path, 'unlink', killed_at(Path.unlink))
+        begin(RunFolder(tmp_path, overwrite=True))
+    left = {path.name for path in tmp_path.iterdir() if path.suffix != '.tmp' and path.name != '.lock'}
+    if load_checkpoint(tmp_path / 'ckpt.pt').get('run_name') == 'old':
+        assert left <= old
+    else:
+        assert left <= {'ckpt.pt', 'tokenizer.json'}
+
+
 def test_a_run_makes_its_folder(tmp_path):
     begin(RunFolder(tmp_path / 'new' / 'folder'))
     assert {*os.listdir(tmp_path / 'new' / 'folder')} == {'.lock', 'ckpt.pt', 'tokenizer.json'}
@@ -342,6 +378,10 @@ def make_run(path, **changes):
     return run
 
 
+def save_best(run, **changes):
+    write_atomically(run.folder.path / 'best.pt', partial(torch.save, run.checkpoint() | changes))
+
+
 def train_one_step(run):
     run.model(torch.zeros(1, 4, dtype=torch.long), torch.ones(1, 4, dtype=torch.long)).backward()
     for optimizer in run.optimizers:
@@ -349,13 +389,13 @@ def train_one_step(run):
 
 
 def test_a_restored_run_has_the_whole_state(tmp_path):
-    run = make_run(tmp_path, step=9, best_val_loss=1.5, best_step=6)
+    run = make_run(tmp_path, step=9, best_val_loss=1.5, best_step=9)
     train_one_step(run)
     run.save(is_best=True)
     other = make_run(tmp_path, measured_on='9 windows')
     other.optimizers[1].param_groups[0]['weight_decay'] = 0.7  # given now
     other.restore(load_checkpoint(tmp_path / 'best.pt'))
-    assert (other.step, other.best_val_loss, other.best_step) == (9, 1.5, 6)
+    assert (other.step, other.best_val_loss, other.best_step) == (9, 1.5, 9)
     assert other.best_measured_on == '5 windows'
     assert other.scaler.get_scale() == 512.0
     assert other.optimizers[1].param_groups[0]['weight_decay'] == 0.7
@@ -369,13 +409,53 @@ def test_a_later_best_checkpoint_stays_the_best(tmp_path):
     """The run was killed before it saved ckpt.pt, or the user has gone back to an earlier checkpoint."""
     run = make_run(tmp_path, step=4, best_val_loss=3.0, best_step=2)
     run.save()
-    later = make_run(tmp_path, step=8, best_measured_on='7 windows')
+    later = make_run(tmp_path, step=8, name=run.name)
     later.update_best(1.0)
-    write_atomically(tmp_path / 'best.pt', partial(torch.save, later.checkpoint()))
+    save_best(later)
     other = make_run(tmp_path)
     other.restore(load_checkpoint(tmp_path / 'ckpt.pt'))
     assert (other.step, other.best_val_loss, other.best_step) == (4, 1.0, 8)
     assert other.best_measured_on == '5 windows'
+
+
+@pytest.mark.parametrize('best, loss, step, measured_on', [
+    ({'iter': 6, 'best_iter': 6, 'best_val_loss': 2.5, 'measured_on': '4 windows'}, 2.0, 6, '5 windows'),
+    ({'iter': 3, 'best_iter': 3, 'best_val_loss': 3.5, 'measured_on': '4 windows'}, 3.5, 3, '4 windows'),
+    ({'iter': 3, 'best_iter': 3, 'best_val_loss': 3.5, 'measured_on': '5 windows'}, 3.5, 3, '5 windows'),
+    # a copy of ckpt_8.pt: its own loss is not known, so it will be measured
+    ({'iter': 8, 'best_iter': 6, 'best_val_loss': 2.0, 'measured_on': '5 windows'}, 2.0, 8, '')])
+def test_the_best_loss_is_that_of_the_file(tmp_path, best, loss, step, measured_on):
+    """ckpt.pt may know it better, as it was measured again, but only if best.pt is still the same."""
+    run = make_run(tmp_path, step=9, best_val_loss=2.0, best_step=6)
+    save_best(run, **best)
+    run.restore(run.checkpoint())
+    assert (run.best_val_loss, run.best_step, run.best_measured_on) == (loss, step, measured_on)
+
+
+def test_a_damaged_best_checkpoint_gets_another_name(tmp_path, capsys):
+    run = make_run(tmp_path, step=4, best_val_loss=3.0, best_step=2)
+    run.save()
+    (tmp_path / 'best.pt').write_bytes(b'half')
+    other = make_run(tmp_path)
+    other.restore(load_checkpoint(tmp_path / 'ckpt.pt'))
+    assert other.best_val_loss == math.inf and (tmp_path / 'best.pt').exists()
+    other.begin()
+    kept, = tmp_path.glob('best.pt.damaged-*')
+    assert kept.read_bytes() == b'half' and not (tmp_path / 'best.pt').exists()
+    assert capsys.readouterr().out.startswith(f'best.pt is damaged: it is now {kept.name}, and the next')
+
+
+def test_a_run_keeps_its_name_and_another_one_has_its_own(tmp_path, monkeypatch):
+    """The names of runs that begin in the same second differ, too: a tracker would merge them."""
+    monkeypatch.setattr('core.checkpoint.time.strftime', lambda _: 'now')
+    run, other = make_run(tmp_path / 'a b'), make_run(tmp_path / 'a b')
+    assert run.name != other.name and run.name.startswith('a-b-now-')
+    other.restore(run.checkpoint())
+    assert other.name == run.name
+    old = run.checkpoint()
+    del old['run_name']
+    other.restore(old)
+    assert other.name == '' and other.checkpoint()['run_name'] == ''  # as in the old best.pt
 
 
 def test_without_a_best_checkpoint_the_next_evaluation_makes_one(tmp_path):
@@ -385,9 +465,10 @@ def test_without_a_best_checkpoint_the_next_evaluation_makes_one(tmp_path):
     assert other.step == 4 and other.update_best(9.0)
 
 
-def test_a_best_checkpoint_of_another_run_is_not_replaced(tmp_path):
+@pytest.mark.parametrize('name', ['fingerprint', 'run_name'])
+def test_a_best_checkpoint_of_another_run_is_not_replaced(tmp_path, name):
     run = make_run(tmp_path, step=4)
-    torch.save(run.checkpoint() | {'fingerprint': 'other'}, tmp_path / 'best.pt')
+    save_best(run, **{name: 'other'})
     with pytest.raises(UserError, match=r'best.pt is of another run than ckpt.pt: move it'):
         run.restore(run.checkpoint())
 
@@ -416,6 +497,15 @@ def test_only_rank_0_saves(tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     run.save()
     assert os.listdir(tmp_path) == []
+
+
+def test_describe_file_tells_files_apart(tmp_path):
+    texts = set()
+    for name, content in ('a', b'1'), ('b', b'2'), ('c', b'1'):
+        (tmp_path / name).write_bytes(content)
+        texts.add(describe_file(tmp_path / name))
+    assert len(texts) == 2 and all(text.startswith('a file with sha256 ') for text in texts)
+    assert describe_file(tmp_path / 'd') == 'missing'
 
 
 def test_update_best_keeps_the_lowest_loss(tmp_path):

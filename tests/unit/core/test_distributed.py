@@ -30,6 +30,9 @@ def test_ranks_come_from_the_environment(monkeypatch):
     for name in 'RANK', 'LOCAL_RANK', 'WORLD_SIZE':
         monkeypatch.delenv(name, raising=False)
     assert get_ranks() == Ranks(rank=0, local_rank=0, world_size=1)
+    for name, value in ('LOCAL_RANK', '0'), ('WORLD_SIZE', '1'), ('RANK', '0'):  # one process needs not all
+        monkeypatch.setenv(name, value)
+        assert get_ranks() == Ranks(rank=0, local_rank=0, world_size=1)
     for name, value in (rank_variables(5, 8) | {'LOCAL_RANK': '1'}).items():
         monkeypatch.setenv(name, value)
     assert get_ranks() == Ranks(rank=5, local_rank=1, world_size=8)
@@ -156,7 +159,9 @@ def test_ranks_that_end_wait_for_each_other_and_then_disconnect(monkeypatch):
 
 @pytest.mark.parametrize('variables, message', [
     ('RANK=1', "has RANK='1', where all of RANK, LOCAL_RANK and WORLD_SIZE must be numbers: unset them"),
+    ('LOCAL_RANK=1', "has LOCAL_RANK='1', where all of RANK"),
     ('WORLD_SIZE=2', "has WORLD_SIZE='2', where all of RANK"),
+    ('RANK=0 WORLD_SIZE=2', "has RANK='0', WORLD_SIZE='2', where all of RANK"),
     ('RANK= LOCAL_RANK=0 WORLD_SIZE=1', "has RANK='', LOCAL_RANK='0', WORLD_SIZE='1', where all of RANK"),
     ('RANK=0 LOCAL_RANK=x WORLD_SIZE=1', "LOCAL_RANK='x'"),
     ('RANK=-1 LOCAL_RANK=0 WORLD_SIZE=1', "RANK='-1'"),
@@ -164,7 +169,11 @@ def test_ranks_that_end_wait_for_each_other_and_then_disconnect(monkeypatch):
     ('RANK=0 LOCAL_RANK=1 WORLD_SIZE=2', 'which cannot be: '),
     ('RANK=0 LOCAL_RANK=0 WORLD_SIZE=0', 'which cannot be: '),
     ('RANK=1 LOCAL_RANK=1 WORLD_SIZE=2', 'has no MASTER_ADDR and no MASTER_PORT, by which ranks'),
-    ('RANK=1 LOCAL_RANK=1 WORLD_SIZE=2 MASTER_ADDR=localhost', 'has no MASTER_PORT, by which')])
+    ('RANK=1 LOCAL_RANK=1 WORLD_SIZE=2 MASTER_ADDR=localhost', 'has no MASTER_PORT, by which'),
+    ('RANK=1 LOCAL_RANK=1 WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=x',
+     "has MASTER_PORT='x', which must be a number from 1 to 65535"),
+    ('RANK=1 LOCAL_RANK=1 WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=65536', "MASTER_PORT='65536'"),
+    ('RANK=1 LOCAL_RANK=1 WORLD_SIZE=2 MASTER_ADDR=localhost MASTER_PORT=0', "MASTER_PORT='0'")])
 def test_variables_that_make_no_ranks_are_refused(monkeypatch, variables, message):
     for variable in variables.split():
         monkeypatch.setenv(*variable.split('='))
@@ -174,8 +183,8 @@ def test_variables_that_make_no_ranks_are_refused(monkeypatch, variables, messag
 
 @pytest.mark.parametrize('theirs, message', [
     ({'step': 40, 'seed': 1}, None),
-    ({'step': 30, 'seed': 1}, 'rank 2 has step 30, but rank 0 has 40: start'),
-    ({'step': 40, 'seed': 7}, 'rank 2 has seed 7, but rank 0 has 1')])
+    ({'step': 30, 'seed': 1}, 'step is 30 on rank 2, but 40 on rank 0: start'),
+    ({'step': 40, 'seed': 7}, 'seed is 7 on rank 2, but 1 on rank 0')])
 def test_ranks_with_other_facts_are_refused(monkeypatch, theirs, message):
     def gather(found, facts):
         found[:] = [facts, facts, theirs, facts]

@@ -5,17 +5,31 @@ import json
 import os
 import sys
 import types
+from types import SimpleNamespace
 
 import matplotlib.figure
 import numpy as np
 import pytest
+import torch
 
 from configurator import SettingError, UserError
+from core import progress
 from core.checkpoint import RunFolder
-from core.progress import Curves, NoProgress, Progress, check_tracker, plot_metrics, read_run_facts, smooth
+from core.distributed import Ranks
+from core.progress import (
+    Curves,
+    NoProgress,
+    Progress,
+    check_tracker,
+    make_progress,
+    plot_metrics,
+    read_run_facts,
+    smooth,
+)
 from data.tokenizer import CharTokenizer
+from tests.helpers.models import small_model
 
-SETTINGS = {'log_interval': 2, 'track': '', 'seed': 5}
+FACTS = {'name': 'out-now-1f', 'hardware': 'a machine', 'log_interval': 2, 'track': '', 'seed': 5}
 FIGURES = {'loss': 2.0, 'lr': 0.01, 'grad_norm': 1.0}
 
 
@@ -26,7 +40,7 @@ def begin(tmp_path):
         folder = RunFolder(tmp_path / 'out', resume=step > 0, overwrite=step == 0)
         folder.begin({'iter': step}, CharTokenizer.train(['a']))
         folder.lock.lock.release()  # the next one is of this process, too
-        return Progress(folder, step, 10, 64, 6400.0, 'a machine', SETTINGS | settings)
+        return Progress(folder, step, 10, 64, 6400.0, FACTS | settings)
     return make
 
 
@@ -135,14 +149,16 @@ def test_the_picture_shows_the_metrics():
     assert accuracy.lines[0].get_xydata().tolist() == [[0, 0.5], [10, 0.5]]
 
 
-def test_long_curves_are_thinned_to_means():
+def test_long_curves_are_thinned_to_means(monkeypatch):
     curves = Curves()
     for step in range(25):
         curves.add({'iter': step, 'loss': 2.0 * step, 'lr': 1.0})
-    steps, values = curves.thinned('loss', most=10)  # groups of 3
+    monkeypatch.setattr(progress, 'MOST_POINTS', 10)
+    steps, values = curves.thinned('loss')  # groups of 3
     assert steps.tolist() == [1, 4, 7, 10, 13, 16, 19, 22, 24]
     assert values.tolist() == [2.0 * step for step in steps]
-    steps, values = curves.thinned('loss', most=25)
+    monkeypatch.setattr(progress, 'MOST_POINTS', 25)
+    steps, values = curves.thinned('loss')
     assert steps.tolist() == list(range(25)) and values.tolist() == [2.0 * step for step in range(25)]
     assert [len(part) for part in curves.thinned('val_loss')] == [0, 0]
 
@@ -172,6 +188,28 @@ def test_without_matplotlib_one_line_says_so(begin, tmp_path, monkeypatch, capsy
     assert out.count('\n') == 1 and 'loss.png' not in os.listdir(tmp_path / 'out')
 
 
+@pytest.mark.parametrize('error', [
+    MemoryError('no room'), ImportError('no room'), OverflowError('no room'), OSError(28, 'no room')])
+def test_a_picture_that_cannot_be_drawn_is_one_line_and_training_goes_on(begin, monkeypatch, capsys, error):
+    def savefig(*_):
+        raise error
+
+    monkeypatch.setattr(matplotlib.figure.Figure, 'savefig', savefig)
+    progress = begin()
+    progress.draw()
+    progress.draw()
+    out = capsys.readouterr().out
+    assert out.startswith('loss.png was not drawn (') and out.endswith('no room)\n')
+    assert out.count('\n') == 1
+
+
+def test_a_bug_in_drawing_is_not_hidden(begin, monkeypatch):
+    progress = begin()
+    progress.curves = None
+    with pytest.raises(AttributeError):
+        progress.draw()
+
+
 def test_smooth_is_an_exponential_mean():
     values = np.random.default_rng(0).normal(size=90)
     keep = 1 - 1 / (1 + 90 / 100)
@@ -198,8 +236,6 @@ class Tracker(types.ModuleType):
 @pytest.mark.parametrize('name', ['wandb', 'trackio'])
 def test_a_tracker_gets_the_same_figures(begin, tmp_path, monkeypatch, no_picture, name):
     monkeypatch.setitem(sys.modules, name, tracker := Tracker(name))
-    monkeypatch.setattr('core.progress.time.strftime', lambda _: 'now')
-    monkeypatch.setattr('core.progress.secrets.token_hex', lambda _: '1f')
     monkeypatch.delenv('WANDB_RUN_ID', raising=False)
     progress = begin(track=name)
     assert os.environ['WANDB_RUN_ID'] == 'out-now-1f'
@@ -218,18 +254,19 @@ def test_a_tracker_gets_the_same_figures(begin, tmp_path, monkeypatch, no_pictur
     assert given['name'] == 'out-now-1f' and given['resume'] == 'allow' and given['config']['seed'] == 5
 
 
-def test_a_resumed_run_keeps_its_name_and_a_new_one_gets_its_own(begin, tmp_path, monkeypatch):
-    """The names of runs that begin in the same second differ, too: a tracker would merge them."""
-    monkeypatch.setitem(sys.modules, 'trackio', tracker := Tracker('trackio'))
-    monkeypatch.setenv('WANDB_RUN_ID', 'x')
-    monkeypatch.setattr('core.progress.time.strftime', lambda _: 'now')
-    names = []
-    for step in 0, 2, 0:
-        begin(step, track='trackio')
-        names.append(tracker.calls[-1][2]['name'])
-    assert names[0] == names[1] != names[2]
-    assert all(name.startswith('out-now-') for name in names)
-    assert read_run_facts(tmp_path / 'out') == {'name': names[2], 'hardware': 'a machine'}
+def test_a_run_of_an_old_checkpoint_has_the_name_in_run_json(begin, tmp_path, monkeypatch):
+    """If that is damaged, it gets a new one."""
+    made = []
+    monkeypatch.setattr('core.progress.Progress', lambda *args: made.append(args[-1]['name']))
+    folder = RunFolder(tmp_path / 'out', resume=True)
+    run = SimpleNamespace(name='', folder=folder, step=0, settings={}, model=small_model())
+    begin()
+    assert read_run_facts(folder.path) == {'name': 'out-now-1f', 'hardware': 'a machine'}
+    for text in None, '{}', '', '[1]', '[' * 9**5, '{"name": 1}':
+        if text is not None:
+            (folder.path / 'run.json').write_text(text)
+        make_progress(run, 1, 1, torch.device('cpu'), torch.float32, Ranks())
+    assert made[0] == 'out-now-1f' and len(set(made)) == 6
     assert read_run_facts(tmp_path) == {}
 
 
