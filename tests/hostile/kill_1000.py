@@ -43,7 +43,7 @@ def kill(runs, moment, out, during_save):
 
 def is_saving(out):
     """Return whether a file in the run's folder is only half written."""
-    return any(out.glob('*.tmp'))
+    return any(out.glob('.*.unfinished'))
 
 
 def saved_step(out):
