@@ -344,9 +344,9 @@ def thin_curve(points):
     thinned = [points[0]]
     for start in range(0, len(between), n_neighbours):
         neighbours = between[start:start + n_neighbours]
-        values = [value for *_, value in neighbours]
+        mean = sum(value / len(neighbours) for *_, value in neighbours)  # of large values, too
         step, tokens, seconds, _ = neighbours[len(neighbours) // 2]
-        thinned.append([step, tokens, seconds, sum(values) / len(values)])
+        thinned.append([step, tokens, seconds, mean])
     return [*thinned, points[-1]]
 
 

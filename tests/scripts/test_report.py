@@ -317,6 +317,11 @@ def test_thin_curve_keeps_the_ends_and_the_mean(n):
             assert value == pytest.approx(sum(point[3] for point in points[start:start + gaps[0]]) / gaps[0])
 
 
+def test_thin_curve_has_no_infinity():
+    points = report.thin_curve([[step, step, None, 1e308] for step in range(5000)])
+    assert [value for *_, value in points] == pytest.approx([1e308] * len(points))
+
+
 def test_page_of_a_long_run_is_small(run, given, tmp_path):
     shutil.copy(run[0] / 'best.pt', tmp_path)
     with open(tmp_path / 'metrics.jsonl', 'w') as file:
