@@ -9,6 +9,8 @@ moved to --path if that program predicts the same as our model, or, with a messa
 """
 
 import contextlib
+import hashlib
+import json
 import math
 import os
 import shutil
@@ -25,8 +27,9 @@ from configurator import SettingError, UserError, configure, one_of, run
 from core.checkpoint import FILES, load_model
 from core.evaluate import Evaluator, count_loss, evaluate
 from core.generate import generate
-from data.files import lock_folder, report_write_errors
+from data.files import lock_folder, report_write_errors, unfinished_name
 from data.shards import Split, fingerprint, prepared_folder
+from formats.base import read_json_object
 from formats.gguf import GGUF
 from formats.hf import HuggingFace
 from formats.llama2c import Llama2c
@@ -37,10 +40,11 @@ from formats.pretrained import load_with_tokenizer
 out_dir = 'out-tiny-stories'  # folder of the run
 ckpt = 'best'  # best (lowest validation loss) or last
 format = ''  # required: llama2c, llama2c-int8, hf, gguf, html or safetensors
-path = ''  # required: where to write: a file for gguf and html, else a new folder
+path = ''  # required: where to write: a file for gguf and html, else a new or empty folder
 dtype = ''  # of the weights: f32, f16 or q8_0 in gguf, f32, f16 or bf16 in hf and safetensors; '': f32
 overwrite = False  # replace a model at path that is not an earlier export
 
+_RECORD = 'export.json'  # in the folder of an export: what wrote it, and the hash of each of its files
 _GREEDY_TOKENS = 64  # length of the story whose tokens are compared
 _PROBABILITIES = 2**20  # number of probabilities that are compared: llama.cpp takes seven seconds for them
 _LOSS_TOKENS = 2**15  # validation tokens for the loss that the page shows
@@ -59,34 +63,65 @@ def check_settings(formats):
     if not path:
         kind = 'a new folder' if chosen.files else 'a file'
         raise SettingError(f'path is empty: type --path and {kind} to write')
-    check_target(chosen)
 
 
-def check_target(chosen):
-    """Raise SettingError unless `path` is new, or an export in the same format, or may be overwritten."""
-    target = Path(path)
+def resolve_path():
+    """Return the absolute path to write to; a link to it is followed, and stays."""
+    target = Path(path).absolute()
     if target.is_symlink() and not target.exists():
         raise SettingError(f'path {path} is a link to {os.readlink(path)}, which does not exist: '
                            'name another --path')
+    if target.exists() or target.name == '..':
+        return target.resolve()
+    return target
+
+
+def check_target(chosen, target):
+    """Raise SettingError unless `target` is new, or an export in the same format, or may be overwritten."""
     if not target.exists():
         return
     if chosen.files:
-        check_folder(chosen.files)
+        check_folder(chosen.files, target)
     elif target.is_dir():
         raise SettingError(f'path {path} is a folder, but --format {format} writes a file')
-    is_empty = target.is_dir() and not os.listdir(target)
-    if not is_empty and not overwrite and not chosen.recognizes(target):
-        raise SettingError(f'path {path} holds something that export.py --format {format} did not write: '
-                           'name another --path, or replace it (--overwrite)')
+    elif not target.is_file():
+        raise SettingError(f'path {path} is not a regular file: name another --path')
+    problem = why_foreign(chosen, target)
+    if problem and not overwrite:
+        raise SettingError(f'{problem}: name another --path, or replace it (--overwrite)')
 
 
-def check_folder(files):
-    """Raise SettingError if `path` is not a folder, or holds other files than these."""
-    if not os.path.isdir(path):
+def check_folder(files, target):
+    """Raise SettingError if `target` is not a folder, or holds anything but files of these names."""
+    if not target.is_dir():
         raise SettingError(f'path {path} is a file, but --format {format} writes a folder')
-    others = sorted(set(os.listdir(path)) - set(files))
-    if others:  # another program could take them for parts of the model
-        raise SettingError(f'path {path} holds other files ({others[0]} ...): name a new folder')
+    for name in names_in(target):
+        if name not in (*files, _RECORD) or not (target / name).is_file():
+            # another program could take it for a part of the model
+            raise SettingError(f'path {path} holds other files ({name} ...): name a new folder')
+
+
+def names_in(folder):
+    """Return the sorted names in a folder without that of an unfinished export."""
+    return sorted(set(os.listdir(folder)) - {unfinished_name(folder)})
+
+
+def why_foreign(chosen, target):
+    """Return in words why `target` is not what an export in this format wrote, '' if it is."""
+    unmarked = (f'path {path} does not carry the mark of export.py --format {format} (exports made before '
+                'December 2026 do not either)')
+    if not chosen.files:
+        return '' if chosen.recognizes(target) else unmarked
+    names = names_in(target)
+    if not names:
+        return ''
+    hashes = read_record(target)
+    if hashes is None:
+        return unmarked
+    for name in names:
+        if name != _RECORD and hashes.get(name) != file_hash(target / name):
+            return f'path {path} holds a {name} that is not the one that export.py wrote'
+    return ''
 
 
 def check_model(formats, config, tokenizer):
@@ -105,8 +140,12 @@ def check_model(formats, config, tokenizer):
 
 @contextlib.contextmanager
 def staging(target):
-    """Yield a path next to `target` to write to. What is left there is removed, now or by the next export."""
-    stage = target.with_name(f'.{target.name}.unfinished')
+    """Yield a path to write to, on the same disk as `target`: in the folder that is there, else next to it.
+
+    What is left there is removed, now or by the next export.
+    """
+    place = target if target.is_dir() else target.parent
+    stage = place / unfinished_name(target)
     if stage.is_symlink():
         raise UserError(f'{stage} is a link to another folder: remove it')
     with report_write_errors(target, '--path'):
@@ -134,7 +173,7 @@ def remove_all_but_the_lock(folder):
 
 
 def write_export(chosen, staged, checkpoint, tokenizer):
-    """Write the model to `staged` in the chosen format."""
+    """Write the model to `staged` in the chosen format, into a folder also the record of its files."""
     if chosen.files:
         staged.mkdir()
     if isinstance(chosen, HTML):
@@ -143,6 +182,32 @@ def write_export(chosen, staged, checkpoint, tokenizer):
         chosen.write(staged, checkpoint, tokenizer, validation_loss=loss)
     else:
         chosen.write(staged, checkpoint, tokenizer)
+    if chosen.files:
+        write_record(staged)
+
+
+def write_record(folder):
+    """Write _RECORD, by which the next export knows that the files in a folder are ours, and unchanged."""
+    hashes = {file.name: file_hash(file) for file in sorted(folder.iterdir())}
+    record = {'written_by': f'export.py --format {format}', 'sha256': hashes}
+    (folder / _RECORD).write_text(json.dumps(record, indent=1) + '\n', encoding='utf-8')
+
+
+def read_record(folder):
+    """Return {name: hash} of the files that an export in this format wrote; None if no record says so."""
+    try:
+        record = read_json_object(folder / _RECORD)
+    except UserError:  # it is missing, or damaged
+        return None
+    hashes = record.get('sha256')
+    if record.get('written_by') != f'export.py --format {format}' or not isinstance(hashes, dict):
+        return None
+    return hashes
+
+
+def file_hash(path):
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def loss_in_8_bits(checkpoint):
@@ -167,10 +232,20 @@ def validation_loss(model, val_split):
 
 
 def put_in_place(staged, target):
-    """Move the export to `target`, which may hold an earlier one."""
-    if target.is_dir():
-        shutil.rmtree(target)
-    os.replace(staged, target)
+    """Move the export to `target`. A folder that is there stays: it may be a mount point, or in use.
+
+    A process that is killed here leaves only files that the record there lists: the next export replaces
+    them.
+    """
+    if not target.is_dir():
+        os.replace(staged, target)
+        return
+    for name in names_in(target):
+        if name != _RECORD:
+            (target / name).unlink()
+    os.replace(staged / _RECORD, target / _RECORD)
+    for name in os.listdir(staged):
+        os.replace(staged / name, target / name)
 
 
 # comparing --------------------------------------------------------------------
@@ -285,22 +360,22 @@ def main():
     chosen = formats[format]
     if dtype:
         chosen.dtype = dtype
+    target = resolve_path()
+    with report_write_errors(target, '--path'):
+        check_target(chosen, target)
 
     # load the model
     checkpoint, tokenizer = load_with_tokenizer(Path(out_dir, FILES[ckpt]))
     model = load_model(checkpoint)
     check_model(formats, model.config, tokenizer)
 
-    target = Path(path).absolute()
-    if target.is_symlink():
-        target = target.resolve()  # the link stays
     with staging(target) as staged:
         with report_write_errors(target, '--path'):
             write_export(chosen, staged, checkpoint, tokenizer)
 
         check_export(chosen, staged, model, tokenizer)
-        check_target(chosen)  # once more: it may have changed since
         with report_write_errors(target, '--path'):
+            check_target(chosen, target)  # once more: it may have changed since
             put_in_place(staged, target)
     print(f'wrote {path}')
 

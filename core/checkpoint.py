@@ -63,7 +63,7 @@ END_BYTES = 2**16  # how much of the end of a .jsonl file is read first
 KEPT = re.compile(r'ckpt_(\d+)\.pt')  # a copy for each save_interval
 # What a run writes into its folder next to the tokenizer, and what a killed process may leave of it
 RUN_FILES = re.compile(r'(ckpt(_\d+)?|best)\.pt|(metrics|samples)\.jsonl|run\.json|loss\.png')
-LEFTOVERS = re.compile(r'(ckpt(_\d+)?|best)\.pt\.tmp')
+LEFTOVERS = re.compile(r'\.(ckpt(_\d+)?|best)\.pt\.unfinished')
 
 
 # reading ----------------------------------------------------------------------

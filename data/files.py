@@ -4,6 +4,7 @@ import contextlib
 import glob
 import os
 import re
+import reprlib
 import tempfile
 import zipfile
 from pathlib import Path
@@ -127,35 +128,48 @@ def plain_path(folder):
         yield link
 
 
-def write_atomically(path, write):
+def plain_name(name):
+    """Return the name of a file or folder. Raises ValueError if it is a path to somewhere else."""
+    if not isinstance(name, str) or name in ('', '..') or name != Path(name).name:
+        raise ValueError(f'{reprlib.repr(name)} is not a plain name')
+    return name
+
+
+def unfinished_name(path):
+    """Return the name of what will be `path` while it is written. No other program uses such names."""
+    return f'.{path.name}.unfinished'
+
+
+def write_atomically(path, write, flag='--out_dir'):
     """Call write(file) and put the result at `path`, whole or not at all.
 
-    The previous file stays until the new one is on disk. Raises UserError if it cannot be written.
+    The previous file stays until the new one is on disk. flag: the setting with which a user names another
+    place. Raises UserError if it cannot be written.
     """
-    temporary = path.with_name(path.name + '.tmp')
-    try:
-        with report_write_errors(path):
+    temporary = path.with_name(unfinished_name(path))
+    with report_write_errors(path, flag):
+        try:
             temporary.unlink(missing_ok=True)  # left by a process that was killed
             with open(temporary, 'xb') as file:  # x: a link that somebody put there is not followed
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-        os.replace(temporary, path)
-        if os.name == 'posix':  # so that the new name survives a power cut; Windows cannot open a folder
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
+            os.replace(temporary, path)
+            if os.name == 'posix':  # so that the new name survives a power cut; Windows cannot open a folder
+                folder = os.open(path.parent, os.O_RDONLY)
+                os.fsync(folder)
+                os.close(folder)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
-def write_bytes_atomically(path, data):
-    """Put `data` at `path`, whole or not at all."""
+def write_bytes_atomically(path, data, flag='--out_dir'):
+    """Put `data` at `path`, whole or not at all, as `write_atomically` does."""
 
     def write(file):
         file.write(data)
 
-    write_atomically(path, write)
+    write_atomically(path, write, flag)
 
 
 # what stands in for a file --------------------------------------------------------

@@ -9,14 +9,13 @@ import contextlib
 import json
 import os
 import re
-import reprlib
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from configurator import UserError, one_line, user_errors
-from data.files import refuse_stand_in
+from data.files import plain_name, refuse_stand_in
 from data.splits import group_by_split
 from data.story_files import (
     check_format,
@@ -195,13 +194,6 @@ def saved_stories(folder, column):
         with open(folder / name, 'rb') as file, pyarrow.ipc.open_stream(file) as batches:
             chosen = choose_text_column(batches.schema, column, folder)
             yield from arrow_stories(batches, chosen, folder / name)
-
-
-def plain_name(name):
-    """Return the name of a file or folder. Raises ValueError if it is a path to somewhere else."""
-    if not isinstance(name, str) or name != Path(name).name:
-        raise ValueError(f'{reprlib.repr(name)} is not a plain name')
-    return name
 
 
 # story files --------------------------------------------------------------------

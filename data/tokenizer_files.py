@@ -121,10 +121,9 @@ def read_tokenizer(path):
     Raises UserError if the file is damaged, or a tokenizer of a kind that this project does not read.
     """
     if path.is_dir():
-        files = [path / name for name in FILES if (path / name).is_file()]
-        if not files:
+        path = find_tokenizer_file(path)
+        if path is None:
             return None
-        path = files[0]
     readers = {'.bin': from_bin, '.model': from_model, '.tiktoken': GPT2Tokenizer, '.json': from_json,
                '.bpe': from_merges}
     if path.suffix not in (*readers, '.txt') or not path.is_file():
@@ -133,6 +132,14 @@ def read_tokenizer(path):
         if path.suffix == '.txt':
             return read_text(path)
         return readers[path.suffix](read_file(path))
+
+
+def find_tokenizer_file(folder):
+    """Return the file with the tokenizer of a folder, the first of FILES that it has; None if it has none."""
+    for name in FILES:
+        if (folder / name).is_file():
+            return folder / name
+    return None
 
 
 def read_text(path):

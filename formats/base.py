@@ -44,7 +44,7 @@ class Format:
         gc.collect()  # a model may refer to itself
 
     def recognizes(self, path):
-        """Return whether a file, or a folder with nothing but `files`, was written by `write`."""
+        """Return whether a file was written by `write`. (Of a folder, its export.json says that.)"""
         raise NotImplementedError
 
 
@@ -54,7 +54,9 @@ class Importer(Format):
     A subclass also has
         load_weights(path)     return (GPTConfig, weights): a new dict of tensors under the names of model.py
         load_tokenizer(path)   return the Tokenizer stored next to the weights, or None
-    Both raise UserError if a file is damaged.
+        has_infilling_rows(path, tokenizer)   return whether the file of the tokenizer has <blank> and
+                                              <middle>, so that the weights have rows for them
+    They raise UserError if a file is damaged.
     """
 
     def load(self, path):
@@ -74,7 +76,7 @@ class Importer(Format):
             # if the two differ, the file counts, not its config: transformers does the same
             config.tie_embeddings = torch.equal(weights['lm_head.weight'], weights['embedding.weight'])
         tokenizer = self.load_tokenizer(path)
-        if tokenizer is not None and config.vocab_size != tokenizer.vocab_size:
+        if tokenizer is not None and not self.has_all_rows(path, config, tokenizer):
             add_infilling_rows(weights, tokenizer.vocab_size - 2)
             config.vocab_size = tokenizer.vocab_size
         if config.tie_embeddings:
@@ -86,6 +88,13 @@ class Importer(Format):
             'settings': {},
             'iter': 0,
         }
+
+    def has_all_rows(self, path, config, tokenizer):
+        """Return whether the embedding has exactly the rows of our tokenizer.
+
+        The number does not tell: a model with two tokens for chats has as many rows.
+        """
+        return config.vocab_size == tokenizer.vocab_size and self.has_infilling_rows(path, tokenizer)
 
     def read(self, path):
         checkpoint = self.load(path)
@@ -119,14 +128,6 @@ def read_json_object(path):
         if not isinstance(content, dict):
             raise ValueError('it does not hold a JSON object')
     return content
-
-
-def entry_of_config(folder, name):
-    """Return an entry of the config.json in a folder, or None if there is none."""
-    try:
-        return read_json_object(folder / 'config.json').get(name)
-    except UserError:  # it is missing, or damaged
-        return None
 
 
 def own_weights(checkpoint, dtype='f32'):

@@ -4,21 +4,18 @@ import json
 import re
 import reprlib
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from configurator import UserError, user_errors
 from core.checkpoint import config_of, parameter_shapes
-from data.files import refuse_stand_in
+from data.files import plain_name, refuse_stand_in
 from data.sentencepiece_file import CONTROL, UNKNOWN
-from data.tokenizer_files import read_tokenizer
+from data.tokenizer_files import find_tokenizer_file, read_tokenizer
 from formats import base
 from formats.families import GPT2, LLAMA, NEUTRAL, family_of, required_block
 from formats.pieces import gpt2_merges, merges_of, pieces_of
 from model import GPTConfig
-
-EXPORTED_BY = 'export.py'  # in config.json, tells our files from others
 
 
 class HuggingFace(base.Importer):
@@ -46,11 +43,6 @@ class HuggingFace(base.Importer):
         write_json(path / 'config.json', their_config(config, tokenizer, self.dtype))
         write_json(path / 'generation_config.json', generation_config(config, tokenizer))
         write_tokenizer(path, tokenizer, config.block_size)
-
-    def recognizes(self, path):
-        # transformers keeps our mark, and adds its version, in the config.json of a model that it saves
-        return (base.entry_of_config(path, 'exported_by') == EXPORTED_BY
-                and base.entry_of_config(path, 'transformers_version') is None)
 
     def read(self, path):
         from transformers import AutoModelForCausalLM, AutoTokenizer, logging
@@ -90,6 +82,14 @@ class HuggingFace(base.Importer):
     def load_tokenizer(self, path):
         return read_tokenizer(path)
 
+    def has_infilling_rows(self, path, tokenizer):
+        file = find_tokenizer_file(path)
+        if file.name != 'tokenizer.json':
+            return False
+        added = base.read_json_object(file).get('added_tokens') or []
+        ids = {token['content']: token.get('id') for token in added}
+        return ids.get('<blank>') == tokenizer.blank and ids.get('<middle>') == tokenizer.middle
+
 
 # config.json ------------------------------------------------------------------
 
@@ -97,7 +97,7 @@ def their_config(config, tokenizer, dtype):
     """Return the content of config.json for our `config`. dtype: that of the weights, such as f16."""
     family = family_of(config)
     torch_dtype = str(base.DTYPES[dtype]).removeprefix('torch.')
-    theirs = {'architectures': [family.architecture], 'torch_dtype': torch_dtype, 'exported_by': EXPORTED_BY}
+    theirs = {'architectures': [family.architecture], 'torch_dtype': torch_dtype}
     for ours, name in family.config_names.items():
         theirs[name] = getattr(config, ours)
     theirs['mlp_bias'] = config.bias
@@ -222,10 +222,7 @@ def names_in_index(index):
     with user_errors(index):
         if not isinstance(weight_map, dict):
             raise ValueError('it has no weight_map')
-        for name in weight_map.values():
-            if not isinstance(name, str) or Path(name).name != name:
-                raise ValueError(f'it names {reprlib.repr(name)}')
-    return sorted(set(weight_map.values()))
+        return sorted({plain_name(name) for name in weight_map.values()})
 
 
 def names_of_shards(path, name):

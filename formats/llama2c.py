@@ -31,7 +31,7 @@ MAGIC = 0x616B3432
 HEADER_BYTES = 256  # in versions 1 and 2
 HEADER_FIELDS = 'n_embd', 'mlp_width', 'n_layer', 'n_head', 'n_kv_head', 'vocab_size', 'block_size'
 GROUP_SIZE = 64  # numbers that share a scale, or fewer if 64 does not divide the widths
-LAST_PIECE = b'\0<middle>'  # the end of a tokenizer.bin, tells ours from others
+LAST_PIECE = b'\0<middle>'  # the end of a tokenizer.bin that has <blank> and <middle>
 NEVER_MERGED = -1e10  # the score of a piece that `run` must not make by merging
 
 # The tensors of a file by our names, in order; {} stands for a layer, and those of all layers follow one
@@ -83,10 +83,6 @@ class Llama2c(base.Importer):
         write_model(path / 'model.bin', config, weights, self.int8)
         write_tokenizer(path / 'tokenizer.bin', tokenizer)
 
-    def recognizes(self, path):
-        vocabulary = path / 'tokenizer.bin'
-        return vocabulary.is_file() and vocabulary.read_bytes().endswith(LAST_PIECE)
-
     def read(self, path):
         super().read(path / 'model.bin')
 
@@ -107,6 +103,10 @@ class Llama2c(base.Importer):
             raise UserError(f'{path.parent} has no tokenizer.bin and no tokenizer.model: '
                             'put the tokenizer of this model there')
         return tokenizer
+
+    def has_infilling_rows(self, path, tokenizer):
+        file = path.with_name('tokenizer.bin')
+        return file.is_file() and file.read_bytes().endswith(LAST_PIECE)
 
 
 def rotation_table(config):

@@ -33,9 +33,6 @@ class Safetensors(base.Importer):
         (path / 'config.json').write_text(json.dumps(about, indent=1) + '\n', encoding='utf-8')
         tokenizer.save(path)
 
-    def recognizes(self, path):
-        return base.entry_of_config(path, 'format') == FORMAT_NAME
-
     def load_weights(self, path):
         from safetensors.torch import load_file
 
@@ -55,6 +52,9 @@ class Safetensors(base.Importer):
             raise UserError(f'{path / tokenizer.file_name} belongs to another model: '
                             'it does not have the vocab_size of config.json')
         return tokenizer
+
+    def has_infilling_rows(self, path, tokenizer):
+        return True
 
 
 def read_config(path):

@@ -20,8 +20,8 @@ def data(tmp_path_factory):
 def run(data):
     """Return a folder with a trained run, and the finished Script that trained it."""
     out = data.parent / 'out'
-    flags = ['--max_iters=12', '--eval_interval=6', '--gradient_accumulation_steps=1']
-    done = scripts.script('train.py', *scripts.SETTINGS, *flags, f'--dataset={data}', f'--out_dir={out}')
+    flags = ['--max_iters=12', '--eval_interval=6', '--gradient_accumulation_steps=1', f'--dataset={data}']
+    done = scripts.script('train.py', *scripts.SETTINGS, *flags, f'--out_dir={out}', DRAW='1')
     return out, done
 
 

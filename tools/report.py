@@ -65,6 +65,8 @@ dtype = 'float32'  # float32, bfloat16, float16 or auto
 
 _SHOWN = 12  # stories on the page, which continue the first words of validation stories
 _CURVES = 'loss', 'val_loss', 'lr', 'val_acc'  # keys of metrics.jsonl that the page draws
+_MOST_POINTS = 2000  # of a curve
+_MOST_SAMPLES = 200  # stories written during training
 _LARGEST_INT = 2**53  # that JavaScript knows exactly
 _LONG_SOURCE = 4000  # characters of a training story that the page shows whole
 
@@ -120,6 +122,8 @@ def page_path(names):
             raise SettingError(f'path {target} is in a folder that does not exist')
     else:
         target = (Path(names[0]) / 'report.html').resolve()  # loading the run says whether its folder exists
+    if target.parent.is_dir() and not os.access(target.parent, os.W_OK):
+        raise SettingError(f'path {target} is in a folder that cannot be written to: name another --path')
     if not target.exists():
         return target
     if not target.is_file():
@@ -316,7 +320,7 @@ def describe_split(split, name):
 
 
 def read_curves(model):
-    """Return {key: a list of [step, tokens, seconds or None, value]} of a run's metrics.jsonl."""
+    """Return {key: a list of [step, tokens, seconds or None, value], thinned} of a run's metrics.jsonl."""
     n_tokens = tokens_per_step(model)
     curves = {key: [] for key in _CURVES}
     for record in model.run.records():
@@ -326,13 +330,34 @@ def read_curves(model):
         for key in _CURVES:
             if key in record:
                 curves[key].append([step, step * n_tokens, record.get('seconds'), record[key]])
-    return curves
+    return {key: thin_curve(points) for key, points in curves.items()}
+
+
+def thin_curve(points):
+    """Return a curve of at most _MOST_POINTS points. If there are more, those between the first and the last
+    are means of neighbours, at the step in their middle.
+    """
+    if len(points) <= _MOST_POINTS:
+        return points
+    between = points[1:-1]
+    n_neighbours = math.ceil(len(between) / (_MOST_POINTS - 2))
+    thinned = [points[0]]
+    for start in range(0, len(between), n_neighbours):
+        neighbours = between[start:start + n_neighbours]
+        mean = sum(value / len(neighbours) for *_, value in neighbours)  # of large values, too
+        step, tokens, seconds, _ = neighbours[len(neighbours) // 2]
+        thinned.append([step, tokens, seconds, mean])
+    return [*thinned, points[-1]]
 
 
 def read_samples(model):
-    """Return [step, story] of each evaluation of a run."""
+    """Return [step, story] of each evaluation of a run; of at most _MOST_SAMPLES, evenly spread."""
     records = model.run.records('samples.jsonl')
-    return [[record['iter'], record['story']] for record in records if 'story' in record]
+    samples = [[record['iter'], record['story']] for record in records if 'story' in record]
+    if len(samples) <= _MOST_SAMPLES:
+        return samples
+    last = len(samples) - 1
+    return [samples[i * last // (_MOST_SAMPLES - 1)] for i in range(_MOST_SAMPLES)]
 
 
 def story_for_page(match, start):
@@ -434,7 +459,7 @@ def main():
     rows = merge_figures(figures_of_models)
 
     print_table(names, rows)
-    write_bytes_atomically(target, make_html(names, rows, runs).encode())
+    write_bytes_atomically(target, make_html(names, rows, runs).encode(), '--path')
     print(f'look at {target}')
 
 

@@ -1,7 +1,7 @@
 """Prepared folders, and our scripts in processes of their own, as a user starts them.
 
 The processes are forked from one that has already imported what is slow. Two things differ from a user's
-process: there is one thread, and with MPLBACKEND='' no loss.png is drawn, which would take most of the time.
+process: there is one thread, and loss.png, which would take most of the time, is drawn only with DRAW=1.
 With LIKE_WINDOWS=1 a file that is open or mapped cannot be removed or replaced.
 """
 
@@ -92,7 +92,7 @@ def run_script(words, folder, cwd, environment):
     for stream, name in (1, 'out'), (2, 'err'):
         os.dup2(os.open(f'{folder}/{name}', os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     os.environ.update(environment)
-    if environment.get('MPLBACKEND') == '':
+    if not environment.get('DRAW'):
         sys.modules['matplotlib.figure'] = None
     import torch
 

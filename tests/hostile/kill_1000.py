@@ -43,7 +43,7 @@ def kill(runs, moment, out, during_save):
 
 def is_saving(out):
     """Return whether a file in the run's folder is only half written."""
-    return any(out.glob('*.tmp'))
+    return any(out.glob('.*.unfinished'))
 
 
 def saved_step(out):
@@ -82,9 +82,9 @@ def main():
         words = ['train.py', *SETTINGS, f'--dataset={data}', f'--dtype={dtype}', '--dropout=0.1',
                  f'--max_iters={_STEPS}', f'--eval_interval={_SAVE_INTERVAL}', '--eval_iters=1']
         # The first run imports everything into the process that the others are forked from.
-        script(*words, f'--out_dir={folder / "first"}', MPLBACKEND='')
+        script(*words, f'--out_dir={folder / "first"}')
         start = time.monotonic()
-        script(*words, f'--out_dir={folder / "whole"}', MPLBACKEND='')
+        script(*words, f'--out_dir={folder / "whole"}')
         seconds_of_a_run = time.monotonic() - start
         expected = result(folder / 'whole')
 
@@ -92,7 +92,7 @@ def main():
             out = folder / f'run {completed}'
             resume = ['--init_from=resume'] if step >= 0 else []
             n_runs = moments.choice((1, 1, 2))
-            runs = [Script(*words, f'--out_dir={out}', *resume, MPLBACKEND='') for _ in range(n_runs)]
+            runs = [Script(*words, f'--out_dir={out}', *resume) for _ in range(n_runs)]
             wait = math.inf
             if killed < kills:
                 wait = moments.uniform(0, seconds_of_a_run / 3)  # most runs are killed more than once

@@ -42,7 +42,7 @@ def flags(values):
 def run_script(data, out, *words):
     """Run train.py in float32 on the CPU, with a line for each step and no pictures; returns `out`."""
     script('train.py', f'--dataset={data}', f'--out_dir={out}', '--device=cpu', '--dtype=float32',
-           '--log_interval=1', *words, MPLBACKEND='')
+           '--log_interval=1', *words)
     return out
 
 

@@ -560,7 +560,8 @@ def format_is_what_is_written(world, folder):
 @case(EXPORT, 'path')
 def path_is_where_the_export_goes(world, folder):
     export(f'--out_dir={world.run}', '--format=safetensors', f'--path={folder}/a/b')
-    assert sorted(os.listdir(folder / 'a' / 'b')) == ['config.json', 'model.safetensors', 'tokenizer.json']
+    names = ['config.json', 'export.json', 'model.safetensors', 'tokenizer.json']
+    assert sorted(os.listdir(folder / 'a' / 'b')) == names
     assert os.listdir(folder) == ['a'] and os.listdir(folder / 'a') == ['b']
     assert 'path is empty' in refused(EXPORT, f'--out_dir={world.run}', '--format=safetensors')
 

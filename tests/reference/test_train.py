@@ -126,7 +126,7 @@ def test_a_resumed_run_matches_the_unbroken_reference(folders, tmp_path, values,
     (out / f'ckpt_{step}.pt').replace(out / 'ckpt.pt')
     with (out / 'metrics.jsonl').open('a') as file:
         file.write('{"iter": 99, "val_lo')  # half a line, of a run that was killed
-    script('train.py', '--init_from=resume', f'--out_dir={out}', MPLBACKEND='')
+    script('train.py', '--init_from=resume', f'--out_dir={out}')
     expected = train(data, s)
     assert_same_run(out, expected)
     assert step < expected['iter']
@@ -149,7 +149,7 @@ def test_two_ranks_match_the_reference(folders, tmp_path):
     s = BASE | {'gradient_accumulation_steps': 4, 'n_layer': 3}
     store = dist.TCPStore('localhost', 0, is_master=True, wait_for_workers=False)
     around = {'WORLD_SIZE': '2', 'LOCAL_WORLD_SIZE': '2', 'MASTER_ADDR': 'localhost',
-              'MASTER_PORT': str(store.port), 'TORCHELASTIC_USE_AGENT_STORE': 'True', 'MPLBACKEND': ''}
+              'MASTER_PORT': str(store.port), 'TORCHELASTIC_USE_AGENT_STORE': 'True'}
     words = [*flags(s), f'--dataset={folders[INFILLED]}', f'--out_dir={tmp_path}', '--device=cpu',
              '--dtype=float32', '--log_interval=1']
     ranks = [Script('train.py', *words, RANK=rank, LOCAL_RANK=rank, **around) for rank in '01']

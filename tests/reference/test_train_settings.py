@@ -248,7 +248,7 @@ def test_verify_data_finds_a_changed_byte(data, tmp_path):
         words = [f'--dataset={folder}', *flags(BASE), '--device=cpu', '--dtype=float32']
         told = script('train.py', *words, f'--out_dir={tmp_path}/a', '--verify_data', status=1).err
         assert name in told and 'sha256' in told
-        script('train.py', *words, '--max_iters=1', f'--out_dir={tmp_path}/{name}', MPLBACKEND='')
+        script('train.py', *words, '--max_iters=1', f'--out_dir={tmp_path}/{name}')
         shard.write_bytes(whole)
 
 
@@ -273,7 +273,7 @@ def test_save_interval_keeps_the_checkpoints_of_its_steps(data, tmp_path):
 def test_log_interval_says_which_steps_are_shown(data, tmp_path):
     out = tmp_path / 'out'
     done = script('train.py', f'--dataset={data}', f'--out_dir={out}', *flags(BASE | {'log_interval': 4}),
-                  '--device=cpu', '--dtype=float32', MPLBACKEND='')
+                  '--device=cpu', '--dtype=float32')
     lines = [line for line in metrics(out) if 'loss' in line]
     assert [line['iter'] for line in lines] == [0, 4]
     shown = re.findall(r'^step (\d+)/6: loss ([\d.]+)', done.out, re.MULTILINE)
@@ -360,7 +360,7 @@ runpy.run_path('train.py', run_name='__main__')
 """)
     out = tmp_path / 'out'
     done = script(program, *flags(BASE), f'--dataset={data}', f'--out_dir={out}', f'--compile={value}',
-                  '--device=cpu', '--dtype=float32', '--log_interval=1', MPLBACKEND='')
+                  '--device=cpu', '--dtype=float32', '--log_interval=1')
     assert done.out.count('torch.compile') == compiled
     assert ('ValueError' in done.err) == fails
     assert changed(out, baseline) == set()
@@ -384,8 +384,7 @@ def test_a_run_keeps_its_settings(data, tmp_path):
 def test_a_resumed_run_keeps_its_settings_unless_given(baseline, halfway, tmp_path, values, expected):
     out = tmp_path / 'out'
     shutil.copytree(halfway, out)
-    script('train.py', '--init_from=resume', f'--out_dir={out}', *flags({'save_interval': 0} | values),
-           MPLBACKEND='')
+    script('train.py', '--init_from=resume', f'--out_dir={out}', *flags({'save_interval': 0} | values))
     assert changed(out, baseline) == expected
     lines = [json.loads(line) for line in (out / 'metrics.jsonl').read_text().splitlines()]
     seconds = [line['seconds'] for line in lines]
@@ -397,7 +396,7 @@ def test_a_resumed_run_in_float16_keeps_its_scaler(data, tmp_path):
     unbroken = tmp_path / 'unbroken'
     shutil.copytree(out, unbroken)
     (out / 'ckpt_3.pt').replace(out / 'ckpt.pt')
-    script('train.py', '--init_from=resume', f'--out_dir={out}', MPLBACKEND='')
+    script('train.py', '--init_from=resume', f'--out_dir={out}')
     scaler = checkpoint(out / 'ckpt.pt')['scaler']
     assert scaler == checkpoint(unbroken / 'ckpt.pt')['scaler'] and scaler['_growth_tracker'] == 6
     assert changed(out, unbroken) == set()
@@ -408,14 +407,14 @@ def test_a_run_that_is_stopped_resumes_as_if_it_had_not_been(data, tmp_path):
     unbroken = run_script(data, tmp_path / 'unbroken', *flags(s))
     out = tmp_path / 'out'
     run = Script('train.py', f'--dataset={data}', f'--out_dir={out}', '--device=cpu', '--dtype=float32',
-                 '--log_interval=1', *flags(s), MPLBACKEND='')
+                 '--log_interval=1', *flags(s))
     run.wait_for('step 5/120')
     os.kill(run.process.pid, signal.SIGTERM)
     run.finish(128 + signal.SIGTERM)
     stopped_at = checkpoint(out / 'ckpt.pt')['iter']
     assert 5 < stopped_at < 120
     assert f'step {stopped_at}' in run.err and '--init_from resume' in run.err
-    script('train.py', '--init_from=resume', f'--out_dir={out}', MPLBACKEND='')
+    script('train.py', '--init_from=resume', f'--out_dir={out}')
     assert changed(out, unbroken) == set()
 
 

@@ -128,7 +128,7 @@ def test_small_mistakes_are_ten_times_the_largest_limit(damage):
 
 def swap_last_pieces(tokenizer, pieces_of=llama2c.pieces_of):
     pieces = pieces_of(tokenizer)
-    return pieces[:270] + pieces[:269:-1]
+    return pieces[:270] + pieces[-3:269:-1] + pieces[-2:]
 
 
 def decode_wrongly(self, ids):
@@ -281,7 +281,9 @@ def test_wrong_settings_are_refused(run_export, settings, message):
     ('hf', lambda to: to.touch(), 'is a file, but --format hf writes a folder'),
     ('html', lambda to: to.mkdir(), 'is a folder, but --format html writes a file'),
     ('gguf', lambda to: to.symlink_to('/nowhere'), 'is a link to /nowhere, which does not exist'),
-    ('hf', lambda to: (to.mkdir(), (to / 'thesis.txt').touch()), r'holds other files \(thesis\.txt')])
+    ('gguf', lambda to: os.mkfifo(to), 'is not a regular file'),
+    ('hf', lambda to: (to.mkdir(), (to / 'README.md').touch()), r'holds other files \(README\.md'),
+    ('hf', lambda to: (to / 'config.json').mkdir(parents=True), r'holds other files \(config\.json')])
 @pytest.mark.parametrize('overwrite', [False, True])
 def test_what_is_no_export_is_not_replaced(tmp_path, run_export, format, make, message, overwrite):
     make(tmp_path / 'to')
@@ -299,25 +301,117 @@ def foreign_folder(to):
     (to / ('model.bin' if to.name == 'llama2c' else 'config.json')).write_text('{"model_type": "llama"}')
 
 
-def fine_tuned_folder(to):
-    """Write what transformers leaves of our config.json, if it saves another model there."""
-    foreign_folder(to)
-    (to / 'config.json').write_text('{"exported_by": "export.py", "transformers_version": "5.0.0"}')
-
-
 @pytest.mark.parametrize('format, make', [
-    ('llama2c', foreign_folder), ('hf', foreign_folder), ('hf', fine_tuned_folder),
-    ('safetensors', foreign_folder), ('gguf', foreign_file), ('html', foreign_file)])
-def test_what_export_did_not_write_is_replaced_only_with_overwrite(tmp_path, run_export, monkeypatch, format,
-                                                                   make):
+    ('llama2c', foreign_folder), ('hf', foreign_folder), ('safetensors', foreign_folder),
+    ('gguf', foreign_file), ('html', foreign_file)])
+def test_what_has_no_mark_of_an_export_is_replaced_only_with_overwrite(tmp_path, run_export, monkeypatch,
+                                                                       format, make):
+    """Earlier exports have none, so the message does not claim that somebody else wrote it."""
     monkeypatch.setattr(export, 'check_export', lambda *_: None)
     save_random_run(tmp_path / 'out')
     to = tmp_path / format
     make(to)
-    with pytest.raises(SettingError, match=f'that export.py --format {format} did not write: name another'):
+    line = rf'does not carry the mark of export\.py --format {format} \(exports made before .* either\): name'
+    with pytest.raises(SettingError, match=line):
         run_export(format=format, path=str(to))
     run_export(format=format, path=str(to), overwrite=True)
     run_export(format=format, path=str(to), overwrite=False)  # an export is replaced without asking
+
+
+def changed(file):
+    file.write_bytes(file.read_bytes() + b' ')
+
+
+@pytest.mark.parametrize('format, name, change, message', [
+    ('llama2c', 'model.bin', changed, 'holds a model.bin that is not the one that export.py wrote: name'),
+    ('llama2c', 'tokenizer.bin', changed, 'holds a tokenizer.bin that is not'),
+    ('hf', 'model.safetensors', changed, 'holds a model.safetensors that is not'),
+    ('hf', 'vocab.json', Path.touch, 'holds a vocab.json that is not'),
+    ('safetensors', 'export.json', lambda file: file.write_text('[]'), 'does not carry the mark'),
+    ('safetensors', 'export.json', lambda file: file.write_text('{"sha256": {}}'), 'does not carry the mark'),
+    ('llama2c', 'model.bin', Path.unlink, '')])
+def test_every_file_that_is_replaced_is_as_export_wrote_it(tmp_path, run_export, monkeypatch, format, name,
+                                                           change, message):
+    """A missing file is all right: an export that was killed while it moved its files leaves that."""
+    monkeypatch.setattr(export, 'check_export', lambda *_: None)
+    save_random_run(tmp_path / 'out')
+    run_export(format=format)
+    before = names_in(tmp_path / 'to')
+    change(tmp_path / 'to' / name)
+    if message:
+        with pytest.raises(SettingError, match=message):
+            run_export(format=format)
+        run_export(format=format, overwrite=True)
+    run_export(format=format, overwrite=False)
+    assert names_in(tmp_path / 'to') == before
+
+
+def test_an_export_in_another_format_is_not_replaced(tmp_path, run_export, monkeypatch):
+    monkeypatch.setattr(export, 'check_export', lambda *_: None)
+    save_random_run(tmp_path / 'out')
+    run_export(format='safetensors')
+    with pytest.raises(SettingError, match=r'does not carry the mark of export\.py --format hf'):
+        run_export(format='hf')
+
+
+@pytest.mark.parametrize('stop', range(5))
+def test_an_export_that_is_killed_while_it_moves_its_files_can_be_repeated(tmp_path, run_export, monkeypatch,
+                                                                           stop):
+    monkeypatch.setattr(export, 'check_export', lambda *_: None)
+    save_random_run(tmp_path / 'out')
+    run_export(format='llama2c')
+    names = names_in(tmp_path / 'to')
+    calls = []
+
+    def killed_later(function):
+        def wrapped(*args, **kwargs):
+            if Path(args[0]).name in names:
+                calls.append(args)
+                if len(calls) == stop + 1:
+                    raise KeyboardInterrupt
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        for name in 'unlink', 'replace':
+            patch.setattr(os, name, killed_later(getattr(os, name)))
+        run_export(format='llama2c')
+    run_export(format='llama2c')
+    assert names_in(tmp_path / 'to') == names == ['export.json', 'model.bin', 'tokenizer.bin']
+
+
+# Where it writes
+
+@pytest.mark.parametrize('path', ['.', '../to/', '{folder}', '../link'])
+def test_an_empty_folder_is_used_and_stays(tmp_path, run_export, monkeypatch, path):
+    """It may be the working directory or a mount point, and has its own permissions."""
+    save_random_run(tmp_path / 'out')
+    folder = tmp_path / 'to'
+    folder.mkdir(mode=0o750)
+    (tmp_path / 'link').symlink_to(folder)
+    monkeypatch.chdir(folder)
+    before = folder.stat()
+    for _ in range(2):
+        run_export(format='safetensors', path=path.format(folder=folder))
+        assert 'model.safetensors' in os.listdir('.')
+    after = folder.stat()
+    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
+    assert (tmp_path / 'link').is_symlink()
+    assert names_in(tmp_path) == ['link', 'out', 'to'] and '.to.unfinished' not in os.listdir(folder)
+
+
+@pytest.mark.parametrize('path, message', [
+    ('/', r'path / holds other files \('),
+    ('..', r'path \.\. holds other files \('),
+    ('new/..', r'path new/\.\. holds other files \(here \.\.\.\): name a new folder')])
+def test_a_folder_with_other_files_is_refused(tmp_path, run_export, monkeypatch, path, message):
+    (tmp_path / 'thesis.txt').touch()
+    (tmp_path / 'here').mkdir()
+    monkeypatch.chdir(tmp_path if path == 'new/..' else tmp_path / 'here')
+    with pytest.raises(SettingError, match=message):
+        run_export(format='safetensors', path=path, overwrite=True)
+    assert names_in(tmp_path) == ['here', 'thesis.txt']
 
 
 def test_export_follows_a_link_at_its_place(tmp_path, run_export):

@@ -78,7 +78,7 @@ def test_runs_are_compared(check, monkeypatch, data, capsys):
     """The scripts are forked, which starts faster."""
     def fork(command, **_):
         _, *words = command
-        done = script(*words, MPLBACKEND='')
+        done = script(*words)
         return SimpleNamespace(returncode=0, stdout=done.out + done.err)
 
     monkeypatch.setattr(subprocess, 'run', fork)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import partial
 
 from tests.helpers.scripts import ROOT, script
 
@@ -33,5 +34,5 @@ def test_notebook_runs(tmp_path, monkeypatch):
             source = re.sub(f'(?m)^{setting} = .*$', f'{setting} = {value}', source)
         exec(source, namespace)
         # start scripts as the notebook's own function does, but from a process that has imported torch
-        namespace['script'] = script
+        namespace['script'] = partial(script, DRAW='1')
     assert (tmp_path / 'run/best.pt').is_file()

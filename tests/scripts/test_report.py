@@ -3,11 +3,14 @@
 tests/reference/test_report.py compares all figures with naive ones.
 """
 
+import errno
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
+from itertools import pairwise
 
 import pytest
 import torch
@@ -241,6 +244,34 @@ def test_path_that_cannot_be_written_is_rejected_at_once(given, tmp_path):
             report.main()
 
 
+def test_page_that_cannot_be_written_names_path(run, given, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    given(f'--out_dir={run[0]}', f'--path={tmp_path}/a.html')
+    monkeypatch.setattr(report, 'report_on', lambda model: ([], {}))
+    monkeypatch.setattr(os, 'fsync', fail)
+    with pytest.raises(UserError, match=r'cannot write .*/a\.html .*or name another --path; what'):
+        report.main()
+    assert os.listdir(tmp_path) == []
+
+
+def test_page_in_a_folder_that_cannot_be_written_to_is_rejected_at_once(given, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, 'access', lambda path, mode: path != tmp_path)  # root may write anywhere
+    given('--out_dir=nowhere', f'--path={tmp_path}/a.html')
+    with pytest.raises(SettingError, match='cannot be written to: name another --path'):
+        report.main()
+
+
+def test_files_of_the_user_next_to_the_page_stay(run, given, tmp_path):
+    (tmp_path / 'a.html.tmp').write_text('mine')
+    given(f'--out_dir={run[0]}', f'--path={tmp_path}/a.html', '--num_samples=2', '--max_new_tokens=3',
+          '--eval_iters=1')
+    report.main()
+    assert sorted(os.listdir(tmp_path)) == ['a.html', 'a.html.tmp']
+    assert (tmp_path / 'a.html.tmp').read_text() == 'mine'
+
+
 @pytest.mark.parametrize('text, names', [
     ('a,b', ['a', 'b']),
     ('a, b', ['a', 'b']),
@@ -268,6 +299,45 @@ def test_curves_leave_out_steps_that_are_too_large_for_a_page(run, given, tmp_pa
     assert data_of(tmp_path / 'report.html')['runs'][0]['curves']['loss'] == [[3, 3 * 256, None, 2.0]]
     with pytest.raises(ValueError, match='not JSON compliant'):
         report.make_html(['a'], [], [{'curves': math.inf}])
+
+
+@pytest.mark.parametrize('n', [1, 2000, 2001, 2002, 3999, 4001, 100_000])
+def test_thin_curve_keeps_the_ends_and_the_mean(n):
+    points = [[step, 256 * step, None if step % 2 else step / 10, step % 7] for step in range(n)]
+    thinned = report.thin_curve(points)
+    assert len(thinned) <= 2000 and thinned[0] == points[0] and thinned[-1] == points[-1]
+    assert thinned == points or len(thinned) > 990
+    steps = [step for step, *_ in thinned]
+    assert steps == sorted(set(steps))
+    gaps = [right - left for left, right in pairwise(steps[1:-1])]
+    for i, (step, tokens, seconds, value) in enumerate(thinned):
+        assert [tokens, seconds] == points[step][1:3]
+        if n > 2000 and 0 < i < len(thinned) - 2:
+            start = step - gaps[0] // 2
+            assert value == pytest.approx(sum(point[3] for point in points[start:start + gaps[0]]) / gaps[0])
+
+
+def test_thin_curve_has_no_infinity():
+    points = report.thin_curve([[step, step, None, 1e308] for step in range(5000)])
+    assert [value for *_, value in points] == pytest.approx([1e308] * len(points))
+
+
+def test_page_of_a_long_run_is_small(run, given, tmp_path):
+    shutil.copy(run[0] / 'best.pt', tmp_path)
+    with open(tmp_path / 'metrics.jsonl', 'w') as file:
+        for step in range(30_000):
+            file.write(json.dumps({'iter': step, 'loss': 2.0, 'lr': 1e-3, 'seconds': step / 7}) + '\n')
+    with open(tmp_path / 'samples.jsonl', 'w') as file:
+        for step in range(0, 3001):
+            file.write(json.dumps({'iter': step, 'story': f'Once {step}.'}) + '\n')
+    given(f'--out_dir={tmp_path}', '--num_samples=2', '--max_new_tokens=3', '--eval_iters=1')
+    report.main()
+    assert (tmp_path / 'report.html').stat().st_size < 500_000
+    shown, = data_of(tmp_path / 'report.html')['runs']
+    assert shown['curves']['loss'][-1] == [29_999, 29_999 * 256, 29_999 / 7, 2.0]
+    steps = [step for step, _ in shown['samples']]
+    assert len(steps) == len(set(steps)) == 200 and (steps[0], steps[-1]) == (0, 3000)
+    assert shown['samples'][1] == [steps[1], f'Once {steps[1]}.']
 
 
 # the page -----------------------------------------------------------------------

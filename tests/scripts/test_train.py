@@ -36,7 +36,7 @@ def train_small(data, tmp_path):
                  f'--dataset={data}', f'--out_dir={tmp_path}/out']
         if not any(flag.startswith('--max_epochs') for flag in flags):
             words.append('--max_iters=3')
-        return script('train.py', *words, *flags, status=status, MPLBACKEND='')
+        return script('train.py', *words, *flags, status=status)
     return run
 
 
@@ -314,7 +314,7 @@ def test_a_resumed_run_says_if_its_data_comes_in_another_order(train_small):
 
 def test_a_resumed_run_saves_although_windows_replaces_no_mapped_file(data, tmp_path):
     words = [*SETTINGS, f'--dataset={data}', '--eval_interval=1', '--save_interval=1']
-    like_windows = {'MPLBACKEND': '', 'LIKE_WINDOWS': '1'}
+    like_windows = {'LIKE_WINDOWS': '1'}
     out = tmp_path / 'out'
     script('train.py', *words, '--max_iters=1', f'--out_dir={out}', **like_windows)
     script('train.py', '--init_from=resume', '--max_iters=3', f'--out_dir={out}', **like_windows)

@@ -55,7 +55,8 @@ def test_a_checkpoint_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, 'replace', lambda old, new: (calls.append('renamed'), replace(old, new)))
     save(tmp_path / 'ckpt.pt', STATE)
     size = os.path.getsize(tmp_path / 'ckpt.pt')
-    assert calls[:2] == [(f'{tmp_path}/ckpt.pt.tmp', size), 'renamed'] and calls[2][0] == str(tmp_path)
+    assert calls[:2] == [(f'{tmp_path}/.ckpt.pt.unfinished', size), 'renamed']
+    assert calls[2][0] == str(tmp_path)
 
 
 def test_load_checkpoint_returns_what_was_saved(tmp_path):
@@ -246,8 +247,8 @@ def test_a_folder_that_holds_another_run_is_refused(tmp_path, name):
 
 def test_files_of_the_user_stay(tmp_path):
     """Only names that are exactly ours are removed."""
-    users = {'thesis.tmp', 'ckpt_of_a_friend.pt', 'my_best.pt.tmp', 'loss.png.tmp', 'notes.txt'}
-    for name in *users, 'ckpt_3.pt.tmp', 'ckpt.pt.tmp', 'best.pt.tmp', 'ckpt_9.pt':
+    users = {'thesis.tmp', 'ckpt.pt.tmp', 'ckpt_of_a_friend.pt', '.my_best.pt.unfinished', 'notes.txt'}
+    for name in *users, '.ckpt_3.pt.unfinished', '.ckpt.pt.unfinished', '.best.pt.unfinished', 'ckpt_9.pt':
         (tmp_path / name).touch()
     begin(RunFolder(tmp_path, overwrite=True))
     assert {*os.listdir(tmp_path)} == users | {'.lock', 'ckpt.pt', 'tokenizer.json'}
@@ -308,7 +309,7 @@ def test_a_new_run_replaces_an_old_one_only_when_it_is_saved(tmp_path, monkeypat
         begin(folder)
     folder.lock.lock.release()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.name != '.lock'} == old
-    (tmp_path / 'best.pt.tmp').write_bytes(b'half')  # left by a save that was killed
+    (tmp_path / '.best.pt.unfinished').write_bytes(b'half')  # left by a save that was killed
     begin(RunFolder(tmp_path, overwrite=True))
     assert sorted(os.listdir(tmp_path)) == ['.lock', 'ckpt.pt', 'metrics.jsonl', 'tokenizer.json']
     assert load_checkpoint(tmp_path / 'ckpt.pt')['iter'] == 0
@@ -474,7 +475,8 @@ def test_a_best_checkpoint_of_another_run_is_not_replaced(tmp_path, name):
 
 
 def test_later_checkpoints_are_those_of_later_steps(tmp_path):
-    for name in 'ckpt_5.pt', 'ckpt_40.pt', 'ckpt_100.pt', 'ckpt_60.pt', 'ckpt_best.pt', 'ckpt_70.pt.tmp':
+    left = '.ckpt_70.pt.unfinished'
+    for name in 'ckpt_5.pt', 'ckpt_40.pt', 'ckpt_100.pt', 'ckpt_60.pt', 'ckpt_best.pt', left:
         (tmp_path / name).touch()
     folder = RunFolder(tmp_path, resume=True)
     assert folder.later_checkpoints(40) == ['ckpt_60.pt', 'ckpt_100.pt']

@@ -1,5 +1,6 @@
 """Files: one process at a time in a folder, files that are written whole or not at all."""
 
+import builtins
 import errno
 import glob
 import os
@@ -11,7 +12,14 @@ from pathlib import Path
 import pytest
 
 from configurator import UserError
-from data.files import lock_folder, plain_path, report_write_errors, write_atomically
+from data.files import (
+    lock_folder,
+    plain_name,
+    plain_path,
+    report_write_errors,
+    write_atomically,
+    write_bytes_atomically,
+)
 from tests.helpers.scripts import ROOT
 
 
@@ -80,11 +88,39 @@ def test_write_atomically_keeps_the_old_file_if_writing_fails(tmp_path):
 
 def test_write_atomically_does_not_follow_a_link_in_place_of_its_temporary_file(tmp_path):
     (tmp_path / 'thesis').write_text('mine')
-    (tmp_path / 'a.tmp').symlink_to(tmp_path / 'thesis')
+    (tmp_path / '.a.unfinished').symlink_to(tmp_path / 'thesis')
     write_atomically(tmp_path / 'a', lambda file: file.write(b'new'))
     assert (tmp_path / 'thesis').read_text() == 'mine'
     assert (tmp_path / 'a').read_bytes() == b'new' and not (tmp_path / 'a').is_symlink()
-    assert not os.path.lexists(tmp_path / 'a.tmp')
+    assert sorted(os.listdir(tmp_path)) == ['a', 'thesis']
+
+
+def test_write_atomically_leaves_other_files_alone(tmp_path):
+    names = 'a.tmp', '.a.tmp', 'a.unfinished', 'a~'
+    for name in names:
+        (tmp_path / name).write_text('mine')
+    write_bytes_atomically(tmp_path / 'a', b'new')
+    assert (tmp_path / 'a').read_bytes() == b'new'
+    assert [(tmp_path / name).read_text() for name in names] == 4 * ['mine']
+
+
+@pytest.mark.parametrize('name', ['unlink', 'open', 'fsync', 'replace'])
+def test_write_atomically_names_the_setting_wherever_writing_fails(tmp_path, monkeypatch, name):
+    """On a file system that is read-only even the removal of a file that is not there fails."""
+    def fail(*_, **__):
+        raise OSError(errno.EROFS, 'Read-only file system')
+
+    monkeypatch.setattr(builtins if name == 'open' else os, name, fail)
+    line = r'cannot write .*/a \(Read-only file system\): name another --path; what'
+    with pytest.raises(UserError, match=line):
+        write_bytes_atomically(tmp_path / 'a', b'new', '--path')
+
+
+def test_plain_name_is_no_path_to_somewhere_else():
+    assert plain_name('train') == 'train' and plain_name('data-00000.arrow') == 'data-00000.arrow'
+    for name in '', '.', '..', 'a/b', '/a', '../a', 'a/', None, 3:
+        with pytest.raises(ValueError, match='is not a plain name'):
+            plain_name(name)
 
 
 @pytest.mark.parametrize('name, message', [

@@ -105,6 +105,37 @@ def test_importer_gives_infilling_tokens_the_mean_row(tied):
         torch.testing.assert_close(rows[n_tokens:], original[:n_tokens].mean(0).expand(2, -1))
 
 
+def chat_tokens_in_tokenizer_json(folder, tokenizer):
+    file = folder / 'tokenizer.json'
+    text = file.read_text()
+    assert text.count('"<blank>"') == text.count('"<middle>"') == 1
+    file.write_text(text.replace('<blank>', '<|im_start|>').replace('<middle>', '<|im_end|>'))
+
+
+def tokenizer_model_without_infilling(folder, tokenizer):
+    (folder / 'tokenizer.bin').unlink(missing_ok=True)
+    tokenizer.save(folder)
+
+
+@needs_export_packages
+@pytest.mark.parametrize('fmt, change', [
+    (HuggingFace(), chat_tokens_in_tokenizer_json),
+    (HuggingFace(), tokenizer_model_without_infilling),
+    (Llama2c(), tokenizer_model_without_infilling)])
+def test_two_rows_more_are_those_of_infilling_only_if_the_tokenizer_says_so(tmp_path, fmt, change):
+    """A model with two tokens for chats has as many rows."""
+    tokenizer = trained_tokenizer('bpe')
+    checkpoint = write_random_model(fmt, tokenizer, tmp_path)
+    change(tmp_path, tokenizer)
+    loaded = load_pretrained(tmp_path / 'model.bin' if isinstance(fmt, Llama2c) else tmp_path)
+    assert tokenizer_from_state(loaded['tokenizer']).vocab_size == tokenizer.vocab_size
+    rows = loaded['model']['embedding.weight']
+    original = checkpoint['model']['embedding.weight']
+    assert rows.shape == original.shape
+    assert torch.equal(rows[:-2], original[:-2])
+    torch.testing.assert_close(rows[-2:], original[:-2].mean(0).expand(2, -1))
+
+
 def test_importer_rejects_the_tokenizer_of_a_larger_model():
     tokenizer = trained_tokenizer('char')
     checkpoint = random_checkpoint(tokenizer, vocab_size=tokenizer.vocab_size - 3)
