@@ -341,7 +341,7 @@ def test_a_run_that_is_killed_while_it_replaces_another_never_leaves_files_of_bo
         patch.setattr(os, 'replace', killed_at(os.replace))
         patch.setattr(Path, 'unlink', killed_at(Path.unlink))
         begin(RunFolder(tmp_path, overwrite=True))
-    left = {path.name for path in tmp_path.iterdir() if path.suffix != '.tmp' and path.name != '.lock'}
+    left = {path.name for path in tmp_path.iterdir() if path.suffix != '.unfinished' and path.name != '.lock'}
     if load_checkpoint(tmp_path / 'ckpt.pt').get('run_name') == 'old':
         assert left <= old
     else:
