@@ -264,8 +264,8 @@ def make_run_name(folder):
 
 def describe_file(path):
     """Return in words what a checkpoint is, to compare it with that of another rank."""
-    if not path.exists():
-        return 'missing'
+    if not path.is_file():
+        return 'something else' if path.exists() else 'missing'
     with open(path, 'rb') as file:
         return f"a file with sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:12]}"
 
@@ -509,7 +509,7 @@ class Run:
             self.best_is_damaged = True
             return
         for name in 'config', 'fingerprint', 'run_name':
-            if best.get(name) != checkpoint.get(name):
+            if best.get(name, '') != checkpoint.get(name, ''):  # an old checkpoint has no name
                 raise UserError(f'{path} is of another run than {FILES["last"]}: move it to another folder')
         self.best_step = best['iter']
         # ckpt.pt says how good best.pt is, unless that is later (the run was killed between the two files,

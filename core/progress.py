@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from array import array
 from pathlib import Path
 
@@ -148,9 +149,10 @@ class Progress:
         try:
             from matplotlib.figure import Figure  # takes half a second to import
 
-            figure = Figure(figsize=(8, 7), layout='constrained')
-            plot_metrics(figure, self.curves, self.tokens_per_step)
-            figure.savefig(self.folder.path / 'loss.png')
+            with warnings.catch_warnings(action='ignore'):  # of numbers that are too large for an axis
+                figure = Figure(figsize=(8, 7), layout='constrained')
+                plot_metrics(figure, self.curves, self.tokens_per_step)
+                figure.savefig(self.folder.path / 'loss.png')
         except Exception as error:  # matplotlib raises errors of many classes
             if is_our_bug(error):
                 raise

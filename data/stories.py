@@ -16,7 +16,7 @@ from urllib.request import Request, urlopen
 
 from configurator import UserError, one_line, user_errors
 from data.files import plain_name, refuse_stand_in
-from data.splits import group_by_split
+from data.splits import group_by_split, list_names
 from data.story_files import (
     check_format,
     describe_unseparated,
@@ -24,6 +24,7 @@ from data.story_files import (
     files_below,
     find_story_files,
     list_folder,
+    prefer_parquet,
     read_document,
     read_stories,
 )
@@ -200,7 +201,7 @@ def saved_stories(folder, column):
 
 def load_story_files(path, cache, how):
     """Return (DatasetDict, lines) of a file or a folder of files, as load_stories does."""
-    files = find_story_files(path)
+    files, left_out = prefer_parquet(find_story_files(path))
     check_format(how, {file_type(file) for file in files.values()}, path)
     names, files_line = group_by_split(files)
     splits = {}
@@ -212,6 +213,8 @@ def load_story_files(path, cache, how):
         n_stories.update(zip(paths, counts, strict=True))
     stories = dataset_dict(splits)
     lines = [files_line, describe_empty(n_stories), describe_unseparated(n_stories, how)]
+    if left_out:
+        lines.append(f'left out, as there are .parquet files: {list_names(left_out)}')
     if len(splits) == 1 and sum(n_stories.values()) == 1:
         document = only_document(n_stories, how)
         if document is not None:

@@ -66,9 +66,8 @@ def check_format(how, kinds, source):
 # finding files ------------------------------------------------------------------
 
 def find_story_files(path):
-    """Return {name: path} of the story files at `path`, sorted.
+    """Return {name: path} of the story files at `path`, sorted. Links to folders are followed.
 
-    If there are .parquet files with rows, only .parquet files. Links to folders are followed.
     Raises UserError if there are no files, or something cannot be read.
     """
     if path.is_file() and file_type(path):
@@ -85,10 +84,18 @@ def find_story_files(path):
         raise UserError(f'{path} holds token files, not stories: type python {script} --source {path}')
     if not files:
         raise UserError(f'the folder {path} holds no stories: {WHAT_WE_READ} (unpack archives first)')
-    parquet = {name: file for name, file in files.items() if file_type(file) == '.parquet'}
-    if any(has_rows(file) for file in parquet.values()):
-        return parquet
     return files
+
+
+def prefer_parquet(files):
+    """Return (files, names left out): only the .parquet files if one of them has rows, else all files.
+
+    Datasets come with their stories in several formats. files: {name: path}.
+    """
+    parquet = {name: file for name, file in files.items() if file_type(file) == '.parquet'}
+    if not any(has_rows(file) for file in parquet.values()):
+        return files, []
+    return parquet, [name for name in files if name not in parquet]
 
 
 def files_below(folder):

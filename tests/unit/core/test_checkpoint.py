@@ -459,6 +459,19 @@ def test_a_run_keeps_its_name_and_another_one_has_its_own(tmp_path, monkeypatch)
     assert other.name == '' and other.checkpoint()['run_name'] == ''  # as in the old best.pt
 
 
+def test_a_run_without_a_name_is_resumed_again_and_again(tmp_path):
+    """Its best.pt may stay as an old version saved it, without an entry for the name."""
+    run = make_run(tmp_path, step=4, best_val_loss=3.0, best_step=4)
+    old = run.checkpoint()
+    del old['run_name']
+    save(tmp_path / 'best.pt', old)
+    for _ in range(2):
+        other = make_run(tmp_path)
+        other.restore(old)
+        assert other.best_val_loss == 3.0
+        old = other.checkpoint()
+
+
 def test_without_a_best_checkpoint_the_next_evaluation_makes_one(tmp_path):
     run = make_run(tmp_path, step=4, best_val_loss=3.0, best_step=2)
     other = make_run(tmp_path)
@@ -508,6 +521,7 @@ def test_describe_file_tells_files_apart(tmp_path):
         texts.add(describe_file(tmp_path / name))
     assert len(texts) == 2 and all(text.startswith('a file with sha256 ') for text in texts)
     assert describe_file(tmp_path / 'd') == 'missing'
+    assert describe_file(tmp_path) == 'something else'
 
 
 def test_update_best_keeps_the_lowest_loss(tmp_path):

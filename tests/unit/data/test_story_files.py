@@ -14,6 +14,7 @@ from data.story_files import (
     describe_unseparated,
     find_story_files,
     guess_separator,
+    prefer_parquet,
     read_stories,
     story_format,
 )
@@ -96,18 +97,19 @@ def test_read_stories_reports_a_disk_that_fails_while_it_reads(tmp_path, monkeyp
         list(read_stories(write(tmp_path / '1.txt', 'a'), Format()))
 
 
-def test_find_story_files_takes_only_parquet_if_any_has_rows(tmp_path):
+def test_prefer_parquet_takes_only_parquet_if_any_has_rows(tmp_path):
     """So stories are not read twice. Which has rows is found out without reading what is damaged."""
     text, empty, zero = (tmp_path / name for name in ('1.txt', '2.parquet', '3.parquet'))
     for path in text, zero:
         write(path)
     pyarrow.parquet.write_table(pyarrow.table({'id': pyarrow.array([], 'int64')}), empty)
-    assert list(find_story_files(tmp_path)) == ['1.txt', '2.parquet', '3.parquet']
+    assert prefer_parquet(find_story_files(tmp_path)) == (find_story_files(tmp_path), [])
     assert list(read_stories(empty, Format())) == list(read_stories(zero, Format())) == []
     damaged = write(tmp_path / '4.parquet', 'PAR1')
-    assert list(find_story_files(tmp_path)) == ['2.parquet', '3.parquet', '4.parquet']
+    files = {path.name: path for path in (empty, zero, damaged)}
+    assert prefer_parquet(find_story_files(tmp_path)) == (files, ['1.txt'])
     pyarrow.parquet.write_table(pyarrow.table({'text': ['a']}), damaged)
-    assert list(find_story_files(tmp_path)) == ['2.parquet', '3.parquet', '4.parquet']
+    assert prefer_parquet(find_story_files(tmp_path)) == (files, ['1.txt'])
 
 
 @pytest.mark.parametrize('ending', story_files.READERS)
