@@ -177,6 +177,16 @@ def test_an_evaluation_draws_loss_png(begin, tmp_path):
     assert (tmp_path / 'out' / 'loss.png').read_bytes().startswith(b'\x89PNG')
 
 
+@pytest.mark.filterwarnings('error')
+def test_numbers_too_large_for_an_axis_are_drawn_without_a_warning(begin, tmp_path, capsys):
+    progress = begin()
+    for step in 1, 2:
+        progress.curves.add({'iter': step, 'val_loss': 1e304 * step, 'loss': 1.0})
+    progress.draw()
+    assert capsys.readouterr().out == ''
+    assert (tmp_path / 'out' / 'loss.png').read_bytes().startswith(b'\x89PNG')
+
+
 def test_without_matplotlib_one_line_says_so(begin, tmp_path, monkeypatch, capsys):
     for name in 'matplotlib', 'matplotlib.figure':
         monkeypatch.setitem(sys.modules, name, None)
