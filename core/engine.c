@@ -1,7 +1,7 @@
 /* The forward pass of model.py with int8 weights, for one token or for several at once.
 
-core/native.py compiles this file with the machine's C compiler. Every compiler and CPU gives the same bits: sums
-of floats have a fixed order, products are not fused with sums (-ffp-contract=off), and nothing is taken from libm.
+core/native.py compiles this file with the machine's C compiler. Every compiler and CPU gives the same bits: sums of
+floats have a fixed order, products are not fused with sums (-ffp-contract=off), and libm is not used.
 
 A matrix has int8 weights and one scale per row. Before a vector is multiplied by it, the vector is rounded to
 int16, with one scale of its own, so that products are sums of integers, which compilers turn into the fastest
@@ -213,7 +213,28 @@ static int32_t dot(const int8_t *w, const int16_t *x, int n) {
     return sum;
 }
 
-/* The sums below are eight sums side by side, one vector instruction, so that their order is the same everywhere. */
+/* Sets sums[v] to the dot product of w with each of the vectors at x, which are `stride` numbers apart. Four of
+   them are done at once, so that each weight is loaded once for all four. */
+static void dot_all(const int8_t *w, const int16_t *x, int n_vectors, size_t stride, int n, int32_t *sums) {
+    int v = 0;
+    for (; v + 4 <= n_vectors; v += 4) {
+        const int16_t *x0 = x + v * stride, *x1 = x0 + stride, *x2 = x1 + stride, *x3 = x2 + stride;
+        int32_t sum0 = 0, sum1 = 0, sum2 = 0, sum3 = 0;
+        for (int i = 0; i < n; i++) {
+            sum0 += w[i] * x0[i];
+            sum1 += w[i] * x1[i];
+            sum2 += w[i] * x2[i];
+            sum3 += w[i] * x3[i];
+        }
+        sums[v] = sum0;
+        sums[v + 1] = sum1;
+        sums[v + 2] = sum2;
+        sums[v + 3] = sum3;
+    }
+    for (; v < n_vectors; v++) sums[v] = dot(w, x + v * stride, n);
+}
+
+/* The sums below are eight sums side by side, one vector instruction, so that their order is always the same. */
 static float add_lanes(const float *sums) {
     return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
 }
@@ -316,8 +337,8 @@ static void round_row(Engine *e, int row, const float *x, int n) {
 
 // tasks: what is done in parallel, once for each index -------------------------
 
-/* Does what is left of the current task. An index below 0 means that nothing is left. As the count goes down and
-   is set last, a thread that comes late takes an index of the next task, and then reads that task. */
+/* Does what is left of the current task. An index below 0 means that nothing is left. As the count goes down
+   and is set last, a thread that comes late takes an index of the next task, and then reads that task. */
 static void work_on_task(Engine *e, int thread) {
     Pool *pool = &e->pool;
     while (atomic_load(&pool->n_left) > 0) {
@@ -388,7 +409,8 @@ static void start_threads(Engine *e) {
     pthread_mutex_init(&pool->mutex, NULL);
     pthread_cond_init(&pool->wake_up, NULL);
     while (pool->n_threads < e->n_threads - 1) {
-        if (pthread_create(&pool->threads[pool->n_threads], NULL, run_thread, e) != 0) return;  // fewer will do
+        pthread_t *thread = &pool->threads[pool->n_threads];
+        if (pthread_create(thread, NULL, run_thread, e) != 0) return;  // fewer will do
         pool->n_threads++;
     }
 }
@@ -411,21 +433,22 @@ void engine_close(Engine *e) {
 static void multiply_chunk(Engine *e, int chunk, int thread) {
     (void)thread;
     const Matrix m = *e->matrix;
+    int n = m.n_columns, n_rows = e->n_rows, adds = e->adds_to_out;
+    int n_parts = e->matrix == &e->head ? 1 : 2;  // of each row of e->rounded
+    size_t stride = n_parts == 1 ? 2 * (size_t)e->widest : (size_t)e->widest;
     const int16_t *rounded = e->rounded;
     const float *rounded_scale = e->rounded_scale;
-    float *out = e->out;
-    int n = m.n_columns, n_rows = e->n_rows, widest = e->widest, is_head = e->matrix == &e->head;
-    int adds = e->adds_to_out;
-    float left_unit = 1 / largest_rounded(n);
+    float *out = e->out, left_unit = 1 / largest_rounded(n);
+    int32_t sums[2 * MAX_ROWS];
     int first = chunk * e->chunk_size;
     int last = first + e->chunk_size < m.n_rows ? first + e->chunk_size : m.n_rows;
     for (int i = first; i < last; i++) {
         const int8_t *weights = m.weights + (size_t)i * n;
         for (int j = 0; j < n; j += 64) __builtin_prefetch(weights + j + LOOK_AHEAD);
+        dot_all(weights, rounded, n_parts * n_rows, stride, n, sums);
         for (int row = 0; row < n_rows; row++) {
-            const int16_t *x = rounded + (size_t)row * 2 * widest;
-            float y = dot(weights, x, n);
-            if (!is_head) y += dot(weights, x + widest, n) * left_unit;
+            float y = sums[n_parts * row];
+            if (n_parts == 2) y += sums[2 * row + 1] * left_unit;
             y *= m.scales[i] * rounded_scale[row];
             if (m.bias) y += m.bias[i];
             size_t at = (size_t)row * m.n_rows + i;
@@ -434,8 +457,9 @@ static void multiply_chunk(Engine *e, int chunk, int thread) {
     }
 }
 
-/* Sets out (n_rows, matrix->n_rows) to the products of the rounded rows with the matrix, plus its bias, or adds them
-   to it. The head, the largest matrix, uses only the first rounded vector: no further layer adds to its errors. */
+/* Sets out (n_rows, matrix->n_rows) to the products of the rounded rows with the matrix, plus its bias, or adds
+   them to it. The head, the largest matrix, uses only the first part of each rounded row: no further layer
+   multiplies its errors. */
 static void multiply(Engine *e, const Matrix *matrix, float *out, int adds_to_out) {
     size_t work = (size_t)matrix->n_rows * matrix->n_columns * e->n_rows;
     int n_chunks = work / CHUNK_WORK > 4 ? work / CHUNK_WORK : 4;
@@ -543,7 +567,7 @@ static void round_attended(Engine *e, int row, int thread) {
     round_row(e, row, e->attended + (size_t)row * e->config.n_embd, e->config.n_embd);
 }
 
-/* Applies the activation to a row of hidden, in place. swiglu: the gates come first, then what they multiply. */
+/* Applies the activation to a row of hidden, in place. swiglu: the gates are before what they multiply. */
 static void activate_and_round(Engine *e, int row, int thread) {
     (void)thread;
     const Config *c = &e->config;
@@ -604,8 +628,8 @@ static void keep_last_tokens(Engine *e, int last_position) {
 
 /* Reads n_tokens of each of n_sequences sequences; the first of them is at position `start`.
 
-   tokens: (n_sequences, n_tokens). Sets logits (n_sequences, vocab_size) to those of the token that follows. Keys
-   and values of the positions before `start` come from earlier calls. Tokens must be below vocab_size, and
+   tokens: (n_sequences, n_tokens). Sets logits (n_sequences, vocab_size) to those of the token that follows.
+   Keys and values of the positions before `start` come from earlier calls. Tokens must be below vocab_size, and
    start + n_tokens at most block_size. */
 void forward(Engine *e, const int32_t *tokens, int n_sequences, int n_tokens, int start, float *logits) {
     const Config *c = &e->config;
