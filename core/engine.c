@@ -87,7 +87,7 @@ struct Engine {
 
     // what the next matrix is multiplied with
     int widest;
-    int16_t *rounded;  // (MAX_ROWS, 2, widest), what is left in 1 / largest_rounded of it
+    int16_t *rounded;  // (MAX_ROWS, 2, widest): rounded numbers, then the rest in units of 1 / largest_rounded
     float rounded_scale[MAX_ROWS];
 
     // arguments of the current task
