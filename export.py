@@ -27,13 +27,14 @@ from configurator import SettingError, UserError, configure, one_of, run
 from core.checkpoint import FILES, load_model
 from core.evaluate import Evaluator, count_loss, evaluate
 from core.generate import generate
+from core.native import round_weights
 from data.files import lock_folder, report_write_errors, unfinished_name
 from data.shards import Split, fingerprint, prepared_folder
 from formats.base import read_json_object
 from formats.gguf import GGUF
 from formats.hf import HuggingFace
 from formats.llama2c import Llama2c
-from formats.page.page import HTML, round_weights
+from formats.page.page import HTML
 from formats.plain import Safetensors
 from formats.pretrained import load_with_tokenizer
 

@@ -118,7 +118,7 @@ def apply_rope(x, cos, sin):
 # the block --------------------------------------------------------------------
 
 class Attention(nn.Module):
-    """Causal self-attention. core/kernels.py and core/quantize.py override single methods."""
+    """Causal self-attention. core/kernels.py overrides single methods."""
 
     def __init__(self, config, layer):
         super().__init__()
@@ -188,7 +188,7 @@ class MLP(nn.Module):
         self.proj = nn.Linear(config.mlp_width, config.n_embd, bias=config.bias)
 
     def gate_up(self, x):
-        """Return the gate and up projections of x (B, T, C). core/quantize.py makes them one product."""
+        """Return the gate and up projections of x (B, T, C)."""
         return self.gate(x), self.up(x)
 
     def forward(self, x):
@@ -339,6 +339,10 @@ class GPT(nn.Module):
                 nn.init.ones_(p)
         if self.config.position == 'rope' and not self.config.tie_embeddings:
             nn.init.normal_(self.embedding.weight, std=0.3)
+
+    @property
+    def device(self):
+        return self.embedding.weight.device
 
     def n_params(self):
         """Return the number of parameters; a tied head counts once."""

@@ -21,7 +21,7 @@ from core.device import DTYPES, choose_device, choose_dtype
 from core.generate import generate_stories, generate_until
 from core.kernels import use_fast_cpu_kernels
 from core.memory import configure_memory
-from core.quantize import to_int8
+from core.native import NativeModel
 from data import infill
 from formats.pretrained import load_with_tokenizer
 
@@ -60,6 +60,8 @@ def check_settings():
         raise SettingError(f'temperature is {temperature}; it must be 0, or at least 1e-30')
     if min_new_tokens > max_new_tokens:
         raise SettingError(f'min_new_tokens is {min_new_tokens}, more than max_new_tokens, {max_new_tokens}')
+    if dtype == 'int8' and compile:
+        raise SettingError('dtype int8 is compiled already, by a C compiler: leave out compile')
     if init_from and out_dir != _DEFAULT_OUT_DIR:
         raise SettingError('init_from and out_dir both name a model: leave out one of them')
     if init_from and ckpt != 'best':
@@ -75,16 +77,13 @@ def check_settings():
 
 
 def make_model(checkpoint, torch_device):
-    """Return the model of a checkpoint, ready to generate on the device. Raises SettingError."""
+    """Return the model of a checkpoint, ready to generate on the device. Raises UserError."""
     model = load_model(checkpoint, torch_device)
+    if dtype == 'int8':
+        return NativeModel(model)
     if torch_device.type == 'cpu':
         use_fast_cpu_kernels(model)
-    if dtype != 'int8':
-        return model.to(choose_dtype(dtype, torch_device))
-    try:
-        return to_int8(model)
-    except ValueError as error:
-        raise SettingError(str(error)) from None
+    return model.to(choose_dtype(dtype, torch_device))
 
 
 # requests -----------------------------------------------------------------------

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from configurator import UserError
+from core.native import NativeModel
 from data import infill
 
 # Attention backends for generation: all but cuDNN, which an H100 would choose. cuDNN makes a new plan for
@@ -60,6 +61,16 @@ class KVCache:
         keys.narrow(2, self.length - T, T).copy_(k)
         values.narrow(2, self.length - T, T).copy_(v)
         return keys.narrow(2, 0, self.length), values.narrow(2, 0, self.length)
+
+
+def make_cache(model, B):
+    """Return an empty cache for B sequences. model: a GPT, or a NativeModel."""
+    if isinstance(model, NativeModel):
+        return model.make_cache(B)
+    dtype = model.embedding.weight.dtype
+    if model.device.type == 'cpu':  # attention to 16-bit keys takes four times as long there
+        dtype = torch.float32
+    return KVCache(model.config, B, model.device, dtype)
 
 
 class StaticCache:
@@ -136,10 +147,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, su
     """
     block_size = model.config.block_size
     device = idx.device
-    dtype = model.embedding.weight.dtype
-    if device.type == 'cpu':  # attention to 16-bit keys takes four times as long there
-        dtype = torch.float32
-    cache = KVCache(model.config, idx.size(0), device, dtype)
+    cache = make_cache(model, idx.size(0))
     decode = compile_decoding(model, cache) if compile else partial(decode_one_token, model, cache)
     generator = torch.Generator(device).manual_seed(seed)
     suppressed = torch.tensor(suppress, dtype=torch.long, device=device)
@@ -245,8 +253,7 @@ def generate_until(model, prompts, stop, max_new_tokens, min_new_tokens=0, **sam
     """
     shortest = min(len(ids) for ids in prompts)
     longest = max(len(ids) for ids in prompts)
-    device = next(model.parameters()).device
-    padded = torch.tensor([ids + [-1] * (longest - len(ids)) for ids in prompts], device=device)
+    padded = torch.tensor([ids + [-1] * (longest - len(ids)) for ids in prompts], device=model.device)
     # the model reads what all prompts have; the rest of the longer ones is forced, step by step
     idx, forced_tokens = padded[:, :shortest], padded[:, shortest:]
     n_steps = longest - shortest + max_new_tokens
@@ -279,7 +286,7 @@ def max_stories_at_once(model):
     """
     config = model.config
     bytes_per_story = 2 * 4 * config.n_layer * config.n_kv_head * config.head_dim * config.block_size
-    device = next(model.parameters()).device
+    device = model.device
     if device.type == 'cpu':
         at_once = min(2**30 // bytes_per_story, 128)  # more are not faster on a CPU
         return max(at_once, 1)

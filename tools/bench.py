@@ -34,7 +34,7 @@ from core.device import DTYPES, choose_device, choose_dtype
 from core.generate import generate
 from core.kernels import use_fast_cpu_kernels
 from core.memory import configure_memory
-from core.quantize import to_int8
+from core.native import NativeModel
 from data.shards import read_meta
 from formats.page.page import HTML
 from model import GPT, GPTConfig
@@ -272,11 +272,11 @@ def our_generation_rate(dtype, **sampling):
     torch_device = choose_device(device)
     on_gpu = torch_device.type == 'cuda'
     model = make_random_model(_VOCAB_SIZE)
-    if not on_gpu:  # as sample.py does
-        use_fast_cpu_kernels(model)
     if dtype == 'int8':
-        model = to_int8(model)
+        model = NativeModel(model)
     else:
+        if not on_gpu:  # as sample.py does
+            use_fast_cpu_kernels(model)
         model = model.to(torch_device, DTYPES[dtype])
     n_stories = 32 if on_gpu else 1
     prompt = torch.ones(n_stories, 1, dtype=torch.long, device=torch_device)

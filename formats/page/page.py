@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from configurator import UserError, printable
-from core.quantize import round_to_int8
+from core.native import round_to_int8
 from formats import base
 from formats.page.vocabulary import page_vocabulary
 from model import GPTConfig
@@ -140,15 +140,6 @@ def weight_bytes(w):
     integers, scale = round_to_int8(w)
     scale_bits = scale.view(torch.int16).numpy()  # NumPy has no bfloat16
     return integers.numpy().tobytes() + scale_bits.astype('<i2').tobytes()
-
-
-def round_weights(model):
-    """Round the matrices of a GPT as 8 bits do, but keep them in float32. Returns the model."""
-    for p in model.parameters():
-        if p.dim() == 2:
-            integers, scale = round_to_int8(p)
-            p.data = integers.float() * scale.float()[:, None]
-    return model
 
 
 def facts_about(config, weights, checkpoint, validation_loss):

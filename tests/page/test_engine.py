@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from core.generate import generate
+from core.native import round_weights
 from formats import base
-from formats.page.page import FOLDER, round_weights, weight_bytes
+from formats.page.page import FOLDER, weight_bytes
 from tests.helpers.models import CASES, small_model
 from tests.helpers.node import needs_node, run_js
 

@@ -7,6 +7,7 @@ import torch
 
 from core.checkpoint import load_model
 from core.generate import generate
+from core.native import round_weights
 from data.infill import prompt as infill_prompt
 from data.tokenizer import CharTokenizer
 from formats.page.page import (
@@ -15,7 +16,6 @@ from formats.page.page import (
     assemble_page,
     content_security_policy,
     facts_about,
-    round_weights,
     worker_script,
 )
 from tests.helpers.models import random_checkpoint, small_model

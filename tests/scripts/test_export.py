@@ -12,12 +12,12 @@ import torch
 import export
 from configurator import SettingError, UserError
 from core.checkpoint import FILES, load_model
+from core.native import round_weights
 from data.shards import fingerprint, read_meta
 from formats import base, llama2c
 from formats.gguf import GGUF
 from formats.hf import HuggingFace
 from formats.llama2c import Llama2c
-from formats.page.page import round_weights
 from formats.pretrained import load_pretrained
 from model import GPTConfig
 from tests.helpers.models import GPT2_BLOCK, UNTIED, needs_export_packages, random_checkpoint

@@ -140,7 +140,7 @@ MISTAKES += [
     (SAMPLE, '--init_from nowhere', 1, 'nowhere'),
     (SAMPLE, '--init_from a --out_dir b', 2, 'init_from out_dir leave out'),
     (SAMPLE, '--init_from a --ckpt last', 2, 'ckpt --out_dir ckpt.pt'),
-    (SAMPLE, '--dtype int8', 2, 'int8 32 16', run_folder()),
+    (SAMPLE, '--dtype int8 --compile', 2, 'int8 compile leave out'),
     (SAMPLE, '--start FILE:nowhere.txt', 1, 'nowhere.txt', run_folder()),
     (SAMPLE, '--start FILE:latin.txt', 1, 'latin.txt UTF-8', run_folder(), file('latin.txt', b'caf\xe9')),
     (SAMPLE, '--start FILE:blank.txt --one_per_line', 1, 'blank.txt', run_folder(), file('blank.txt', '\n')),

@@ -267,8 +267,7 @@ def test_max_stories_at_once_is_what_memory_has_room_for():
 def test_max_stories_at_once_takes_a_share_of_the_free_gpu_memory(monkeypatch, name, free, at_once):
     """The keys and values of a story of this shape take 52 MB."""
     config = GPTConfig(block_size=1024, n_layer=8, n_head=8, n_kv_head=8, n_embd=800)
-    gpu = torch.device(name)
-    model = SimpleNamespace(config=config, parameters=lambda: iter([SimpleNamespace(device=gpu)]))
+    model = SimpleNamespace(config=config, device=torch.device(name))
     monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (int(free), 10**12))
     monkeypatch.setattr(torch.mps, 'recommended_max_memory', lambda: 10**11)
     monkeypatch.setattr(torch.mps, 'driver_allocated_memory', lambda: 10**11 - int(free))
