@@ -152,7 +152,8 @@ class NativeModel:
         self.engine_config = engine_config(model.config)
         self.weights = pack_weights(model)
         self.positions = position_table(model)
-        assert len(self.weights) == self.library.weights_size(self.engine_config)
+        if len(self.weights) != self.library.weights_size(self.engine_config):
+            raise ValueError('pack_weights does not pack what engine.c reads')
 
     def make_cache(self, B):
         return NativeCache(self, B)
