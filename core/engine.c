@@ -1,7 +1,7 @@
 /* The forward pass of model.py with int8 weights, for one token or for several at once.
 
-core/native.py compiles this file with the machine's C compiler. Every compiler and CPU gives the same bits: sums of
-floats have a fixed order, products are not fused with sums (-ffp-contract=off), and libm is not used.
+core/native.py compiles this file with the machine's C compiler. Every compiler and CPU gives the same bits:
+sums of floats have a fixed order, products are not fused with sums (-ffp-contract=off), and libm is not used.
 
 A matrix has int8 weights and one scale per row. Before a vector is multiplied by it, the vector is rounded to
 int16, with one scale of its own, so that products are sums of integers, which compilers turn into the fastest
@@ -72,7 +72,7 @@ struct Engine {
     Matrix embedding, position, head;
     Layer *layers;
     Norm norm;
-    float *position_table;  // rope: (block_size, head_dim), cos and then sin; sinusoidal: (block_size, n_embd)
+    float *position_table;  // rope: (block_size, head_dim), cos, then sin; sinusoidal: (block_size, n_embd)
     float *keys, *values;   // (n_layer, n_sequences, n_kv_head, block_size, head_dim)
 
     // the rows, each a token, that are read now
@@ -87,7 +87,7 @@ struct Engine {
 
     // what the next matrix is multiplied with
     int widest;
-    int16_t *rounded;  // (MAX_ROWS, 2, widest): rounded numbers, then the rest in units of 1 / largest_rounded
+    int16_t *rounded;  // (MAX_ROWS, 2, widest): whole numbers, then the rest in units of 1 / largest_rounded
     float rounded_scale[MAX_ROWS];
 
     // arguments of the current task
@@ -206,15 +206,15 @@ size_t engine_size(const Config *config, int n_sequences, int n_threads) {
 
 // arithmetic ------------------------------------------------------------------
 
-/* Returns the sum of w[i] * x[i]. It must be below 2^31: see `round_row`. */
+/* Returns the sum of w[i] * x[i]. It must be below 2^31: see `largest_rounded`. */
 static int32_t dot(const int8_t *w, const int16_t *x, int n) {
     int32_t sum = 0;
     for (int i = 0; i < n; i++) sum += w[i] * x[i];
     return sum;
 }
 
-/* Sets sums[v] to the dot product of w with each of the vectors at x, which are `stride` numbers apart. Four of
-   them are done at once, so that each weight is loaded once for all four. */
+/* Sets sums[v] to the dot product of w with each of the vectors at x, which are `stride` numbers apart.
+   Four of them are done at once, so that each weight is loaded once for all four. */
 static void dot_all(const int8_t *w, const int16_t *x, int n_vectors, size_t stride, int n, int32_t *sums) {
     int v = 0;
     for (; v + 4 <= n_vectors; v += 4) {
@@ -234,7 +234,7 @@ static void dot_all(const int8_t *w, const int16_t *x, int n_vectors, size_t str
     for (; v < n_vectors; v++) sums[v] = dot(w, x + v * stride, n);
 }
 
-/* The sums below are eight sums side by side, one vector instruction, so that their order is always the same. */
+/* The sums below are eight sums side by side, one vector instruction, so their order is always the same. */
 static float add_lanes(const float *sums) {
     return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
 }
@@ -300,7 +300,7 @@ static inline float exponential(float x) {
 }
 
 /* Sets out[i] = exp(factor * (x[i] - highest)) and returns their sum. */
-float exponentials(const float *x, float *out, int n, float highest, float factor) {
+static float exponentials(const float *x, float *out, int n, float highest, float factor) {
     for (int i = 0; i < n; i++) out[i] = exponential(factor * (x[i] - highest));
     return sum_floats(out, n);
 }
@@ -457,8 +457,8 @@ static void multiply_chunk(Engine *e, int chunk, int thread) {
     }
 }
 
-/* Sets out (n_rows, matrix->n_rows) to the products of the rounded rows with the matrix, plus its bias, or adds
-   them to it. The head, the largest matrix, uses only the first part of each rounded row: no further layer
+/* Sets out (n_rows, matrix->n_rows) to the products of the rounded rows with the matrix, plus its bias,
+   or adds them to it. The head, the largest matrix, uses only the first part of each rounded row: no further layer
    multiplies its errors. */
 static void multiply(Engine *e, const Matrix *matrix, float *out, int adds_to_out) {
     size_t work = (size_t)matrix->n_rows * matrix->n_columns * e->n_rows;
@@ -629,8 +629,8 @@ static void keep_last_tokens(Engine *e, int last_position) {
 /* Reads n_tokens of each of n_sequences sequences; the first of them is at position `start`.
 
    tokens: (n_sequences, n_tokens). Sets logits (n_sequences, vocab_size) to those of the token that follows.
-   Keys and values of the positions before `start` come from earlier calls. Tokens must be below vocab_size, and
-   start + n_tokens at most block_size. */
+   Keys and values of the positions before `start` come from earlier calls. Tokens must be below vocab_size,
+   and start + n_tokens at most block_size. */
 void forward(Engine *e, const int32_t *tokens, int n_sequences, int n_tokens, int start, float *logits) {
     const Config *c = &e->config;
     int n_all = n_sequences * n_tokens;

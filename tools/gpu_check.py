@@ -110,7 +110,7 @@ def make_model(config, torch_device):
 
 def use_fast_kernels(model):
     """Put in place the kernels that train.py uses on the model's device."""
-    device_type = next(model.parameters()).device.type
+    device_type = model.device.type
     if device_type == 'cpu':
         use_fast_cpu_kernels(model)
     elif device_type == 'cuda':
@@ -180,7 +180,7 @@ def make_numbers_model(choices):
 
 def numbers_of(model, dtype, allow_tf32=False):
     """Return what a model computes on a batch, {name: tensor}."""
-    torch_device = next(model.parameters()).device
+    torch_device = model.device
     x, y = make_batch(_NUMBERS_SIZES, 9, torch_device)
     context = autocast(torch_device, dtype)  # allows TF32
     torch.backends.cuda.matmul.allow_tf32 = allow_tf32
@@ -318,7 +318,7 @@ def check_writing(torch_device, half):
 
 def measure_writing(name, model, n_stories, n_tokens, is_compiled):
     """Print how fast a model writes, and whether the same seed gives the same tokens."""
-    torch_device = next(model.parameters()).device
+    torch_device = model.device
     prompt = torch.arange(1, n_stories + 1, device=torch_device)[:, None]
     written = []
 

@@ -294,7 +294,7 @@ def log_probs_of_tails(model, head, tails):
     """Return the log-probability of each of `tails` after `head`; all are arrays of token ids."""
     rows = [(np.append(head, tail), len(head)) for tail in tails]
     longest = max(len(ids) for ids, _ in rows)
-    x, y = to_device(pad_infill_rows(rows, longest - 1), next(model.parameters()).device)
+    x, y = to_device(pad_infill_rows(rows, longest - 1), model.device)
     is_target = y >= 0
     logits = model.lm_head(model.hidden(x)[is_target])
     of_targets = logits.log_softmax(-1, dtype=torch.float32).gather(1, y[is_target][:, None])
@@ -374,7 +374,7 @@ def token_probabilities(model, tokenizer, ids, n_others=5):
     ids = ids[:model.config.block_size + 1]
     if len(ids) < 2:
         return []
-    x = torch.tensor([ids[:-1]], device=next(model.parameters()).device)
+    x = torch.tensor([ids[:-1]], device=model.device)
     result = []
     for k, probs in enumerate(model(x)[0].softmax(-1, dtype=torch.float32), start=1):
         shown = tokenizer.decode(ids[:k]).rstrip(BROKEN)

@@ -194,7 +194,7 @@ def is_plain(value):
 def prediction_figures(model):
     """Evaluate a model on the validation split; return Figures."""
     block_size = model.gpt.config.block_size
-    device_of_model = next(model.gpt.parameters()).device
+    device_of_model = model.gpt.device
     evaluator = Evaluator(partial(count_loss, model.gpt), block_size, batch_size=32, device=device_of_model)
     metrics = evaluate(evaluator, model.val, infill_rows=find_infill_rows(model.val, block_size),
                        max_rows=eval_iters * evaluator.batch_size)
