@@ -458,8 +458,8 @@ static void multiply_chunk(Engine *e, int chunk, int thread) {
 }
 
 /* Sets out (n_rows, matrix->n_rows) to the products of the rounded rows with the matrix, plus its bias,
-   or adds them to it. The head, the largest matrix, uses only the first part of each rounded row, as no further
-   layer multiplies its errors. */
+   or adds them to it. The head, the largest matrix, uses only the first part of each rounded row, as no
+   further layer multiplies its errors. */
 static void multiply(Engine *e, const Matrix *matrix, float *out, int adds_to_out) {
     size_t work = (size_t)matrix->n_rows * matrix->n_columns * e->n_rows;
     int n_chunks = work / CHUNK_WORK > 4 ? work / CHUNK_WORK : 4;
